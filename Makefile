@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help venv install lint types test check docs bench clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(VENV)/.made ## make the virtual environment (PYTHON=python3.12, VENV=.venv)
+
+install: $(VENV)/.installed ## install the package, editable, and the tools
+
+lint: install ## look for mistakes and bad style
+	$(BIN)/ruff check .
+
+types: install ## check the types
+	$(BIN)/mypy
+
+test: install ## run the tests (ARGS="-k words"); real RabbitMQ if it is installed
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test ## all that a change must pass
+
+docs: $(VENV)/.docs ## build the documentation in docs/_build
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+
+bench: install ## run the benchmarks (ARGS=...)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove all that these targets made
+	rm -rf $(VENV) build dist docs/_build *.egg-info .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment."; \
+		echo "On Debian and Ubuntu: apt-get install python3-venv"; \
+		exit 1; \
+	} >&2
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made setup.py setup.cfg pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: MIT
+"""Every error and every signal of postage.
+
+Errors say that something went wrong and share one root::
+
+    PostageError
+    ├── ConfigurationError          a setting, an argument or a declaration makes no sense
+    ├── EncodingError               a value that cannot be written to the wire
+    │   └── DecodeError             bytes from the wire that cannot be read
+    ├── FilterError                 a message filter discards a message
+    ├── TimeoutError                a result did not come in time (also the builtin one)
+    ├── HubReentered                blocking code ran inside a callback of the loop
+    └── TransportError
+        ├── ConnectionFailedError   no broker could be reached
+        ├── ConnectionLostError     the connection went away in the middle of something
+        ├── ForkedError             used in a child process, made in its parent
+        ├── ClosedError             used after close()
+        ├── ChannelClosedError      the broker refused, with an AMQP reply code
+        │   └── MismatchError       it exists already, with other arguments
+        │       ├── ExchangeMismatchError
+        │       └── QueueMismatchError
+        └── PublishError            a message was not, or perhaps not, delivered
+            ├── UnroutableError     no queue is bound to the key
+            ├── NackedError         the broker refused to store it
+            ├── BrokerBlockedError  held back by an alarm, certainly not sent
+            ├── PublishTimeoutError still waiting for a connection, certainly not sent
+            ├── PublishUnknownError sent, and the confirm never came
+            └── BatchError          several messages, each with its fate
+
+Signals steer a component and are no errors. They keep the ``ValueError`` base
+that they had in 1.2.1, and are let through wherever errors are caught::
+
+    Signal
+    ├── ExitScheduler               end the scheduler
+    ├── RejectMessage               refuse this message
+    └── AckAndRestart               settle this message, then run the program anew
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from typing import Any
+
+#: Reply codes of AMQP 0-9-1 (section 1.5 of the specification) that are told apart.
+ACCESS_REFUSED = 403
+NOT_FOUND = 404
+RESOURCE_LOCKED = 405
+PRECONDITION_FAILED = 406
+
+
+class PostageError(Exception):
+    """The root of all errors that postage raises."""
+
+
+class ConfigurationError(PostageError, ValueError):
+    """Raised when a setting, an argument or a declaration makes no sense."""
+
+
+class EncodingError(PostageError, ValueError):
+    """Raised when a value cannot be written to the wire."""
+
+
+class DecodeError(EncodingError):
+    """Raised when a body cannot be read.
+
+    Args:
+        reason: What is wrong with it, for people.
+        data: The body as it arrived.
+    """
+
+    def __init__(self, reason: str, data: Any = b"") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.data = data
+
+
+class FilterError(PostageError):
+    """Raised by a message filter to discard a message."""
+
+
+class TimeoutError(PostageError, builtins.TimeoutError):
+    """Raised when a result did not come in time.
+
+    Its name is part of the wire format: an RPC call that nobody answered ends in
+    an exception reply that is called ``TimeoutError``, as in 1.2.1.
+    """
+
+
+class HubReentered(PostageError, RuntimeError):
+    """Raised when blocking code runs inside a callback of the I/O loop."""
+
+
+class TransportError(PostageError):
+    """Raised when the broker, or the way to it, fails."""
+
+
+class ConnectionFailedError(TransportError):
+    """Raised when no broker could be reached in time."""
+
+
+class ConnectionLostError(TransportError):
+    """Raised when the connection went away in the middle of an operation."""
+
+
+class ForkedError(TransportError):
+    """Raised when an object that belongs to the parent is used in a forked child."""
+
+
+class ClosedError(TransportError):
+    """Raised when a producer, consumer or connection is used after ``close()``."""
+
+
+class ChannelClosedError(TransportError):
+    """Raised when the broker refuses an operation and closes the channel.
+
+    Args:
+        code: The AMQP reply code, such as 404.
+        text: The broker's own words.
+        attempt: What was attempted, as "declare queue 'x'".
+        advice: What to do about it.
+    """
+
+    def __init__(self, code: int, text: str, attempt: str = "", advice: str = "") -> None:
+        super().__init__(code, text, attempt, advice)
+        self.code = code
+        self.text = text
+        self.attempt = attempt
+        self.advice = advice
+
+    def __str__(self) -> str:
+        head = f"{self.attempt}: " if self.attempt else ""
+        tail = f". {self.advice}" if self.advice else ""
+        return f"{head}the broker answered {self.code} {self.text}{tail}"
+
+
+class MismatchError(ChannelClosedError):
+    """Raised when something of that name exists with other arguments."""
+
+
+class ExchangeMismatchError(MismatchError):
+    """Raised when an exchange exists with another type or other arguments."""
+
+
+class QueueMismatchError(MismatchError):
+    """Raised when a queue exists with another type or other arguments."""
+
+
+class PublishError(TransportError):
+    """Raised when a message was not delivered, or perhaps not."""
+
+
+class UnroutableError(PublishError):
+    """Raised when the broker returned a mandatory message: no queue is bound to its key.
+
+    Args:
+        failed: The (exchange name, routing key) pairs that nobody is bound to.
+        delivered: The pairs of the same call that did arrive.
+    """
+
+    def __init__(
+        self,
+        failed: Sequence[tuple[str, str]],
+        delivered: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(failed, delivered)
+        self.failed = list(failed)
+        self.delivered = list(delivered)
+
+    def __str__(self) -> str:
+        pairs = ", ".join(f"exchange {name!r} key {key!r}" for name, key in self.failed)
+        text = f"no queue is bound to {pairs}"
+        if self.delivered:
+            text += f"; delivered to {len(self.delivered)} other pair(s) of the same call"
+        return text + ". Start the component that binds it, or send with _mandatory=False"
+
+
+class NackedError(PublishError):
+    """Raised when the broker refused to store a message, for instance in a full queue."""
+
+
+class BrokerBlockedError(PublishError):
+    """Raised when a resource alarm of the broker held a message back: it was certainly not sent."""
+
+
+class PublishTimeoutError(PublishError, builtins.TimeoutError):
+    """Raised when no connection was to be had before the deadline: certainly not sent."""
+
+
+class PublishUnknownError(PublishError):
+    """Raised when a message was written and its confirm never came: it may have arrived."""
+
+
+class BatchError(PublishError):
+    """Raised at the end of a batch in which not every message was confirmed.
+
+    Args:
+        confirmed: The message ids that the broker confirmed.
+        failed: Message id and error of those that certainly did not arrive everywhere.
+        unknown: Message id and error of those that may have arrived.
+    """
+
+    def __init__(
+        self,
+        confirmed: Sequence[str],
+        failed: Sequence[tuple[str, Exception]],
+        unknown: Sequence[tuple[str, Exception]],
+    ) -> None:
+        super().__init__(confirmed, failed, unknown)
+        self.confirmed = list(confirmed)
+        self.failed = list(failed)
+        self.unknown = list(unknown)
+
+    def __str__(self) -> str:
+        text = (
+            f"{len(self.confirmed)} message(s) confirmed, "
+            f"{len(self.failed)} failed, {len(self.unknown)} unknown"
+        )
+        first = (self.failed or self.unknown)[:1]
+        return text + "".join(f"; the first: message {key}: {error}" for key, error in first)
+
+
+class Signal(ValueError):
+    """The base of the exceptions that steer a component and are no errors."""
+
+
+class ExitScheduler(Signal):
+    """Raised by a microthread to end its scheduler, after the others have left."""
+
+
+class RejectMessage(Signal):
+    """Raised by a handler to refuse its message: the broker dead-letters or drops it."""
+
+
+class AckAndRestart(Signal):
+    """Raised by a handler to settle its message and replace the program by a new run."""

@@ -1,0 +1,683 @@
+# SPDX-License-Identifier: MIT
+"""A component: takes messages from its inbox, has them handled, and settles them.
+
+One message passes through here in this order::
+
+    inbox ──> read ──> look the handlers up ──> filter ──> run ──> Verdict ──> settle
+
+`read` and the look-up decide without any I/O. Each delivery is handled by a generator: a
+plain handler ends within its first step, others make it a microthread of its own. What is
+to become of the message is a `Verdict`, and only `_carry_out()` acts on it.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import enum
+import inspect
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from postage import restart
+from postage.consumer import PUBLISH_TIMEOUT, GenericConsumer
+from postage.errors import (
+    AckAndRestart,
+    DecodeError,
+    ExitScheduler,
+    FilterError,
+    PostageError,
+    RejectMessage,
+)
+from postage.futures import Future
+from postage.handlers import MessageHandler, MessageHandlerType, Registration
+from postage.messages import MessageResultError, MessageResultException
+from postage.microthreads import MicroScheduler, MicroThread, sleep
+from postage.parking import parked_properties
+from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
+from postage.topology import Eqk, error_queue
+from postage.transport.conversation import Script, declare_queue
+from postage.transport.subscriber import Delivery
+
+if TYPE_CHECKING:
+    from pika.channel import Channel
+
+    from postage.workers import EventLoop, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+#: Seconds before a message that could not be parked is given back to its queue.
+PARK_RETRY = 1.0
+
+
+class Fate(enum.Enum):
+    """What becomes of a message."""
+
+    ACK = "ack"
+    REJECT = "reject"
+    PARK = "park"
+    STOP = "stop"  # ack, and the microthread ends
+    EXIT = "exit"  # ack, and the scheduler ends
+    RESTART = "restart"  # ack, and the program starts anew
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a message, and why."""
+
+    fate: Fate
+    reason: str = ""
+    error: BaseException | None = None
+
+
+ACK = Verdict(Fate.ACK)
+_LEAVING = (Fate.STOP, Fate.EXIT, Fate.RESTART)
+
+#: The steps of handling a message: it yields waitables, and returns the verdict.
+Handling = Generator[Any, Any, Verdict]
+
+
+class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
+    """A component that handles the messages of its queues.
+
+    Subclass it and decorate methods with `MessageHandler` and `RpcHandler`; add an instance
+    to a `MicroScheduler`. Many processors can share one scheduler.
+
+    Attributes:
+        consumer_class: Makes the consumer.
+        prefetch: Messages that the broker delivers ahead; None: as the consumer says.
+        unhandled: What becomes of a message without a handler: "park", "skip" or "reject".
+            None: skip it if it came by a queue that only this instance has, else park it.
+        grace: Seconds that handlers in flight have to end, when the component leaves.
+        threads: How many ``threaded`` handlers run at a time.
+        max_body: Bytes of the largest body that is read; larger ones are parked. None: any.
+        skipped: How many messages were skipped, by category, type and name.
+
+    Args:
+        fingerprint: The fingerprint of this component, as a dict.
+        eqk: [(exchange class, [(queue, key), …]), …].
+        hup: Host, user and password; None: from the environment.
+        vhost: The virtual host; None: from the environment.
+
+    Raises:
+        PostageError: As `GenericConsumer`, which connects, declares and binds now.
+    """
+
+    consumer_class: ClassVar[type[GenericConsumer]] = GenericConsumer
+    prefetch: int | None = None
+    unhandled: str | None = None
+    grace: float = 30.0
+    threads: int = 8
+    max_body: int | None = 4 * 1024 * 1024
+
+    def __init__(
+        self,
+        fingerprint: Mapping[str, Any],
+        eqk: Eqk,
+        hup: Mapping[str, Any] | None = None,
+        vhost: str | None = None,
+    ) -> None:
+        restart.cause()  # before anything could start a child process
+        self.fingerprint = fingerprint
+        self.consumer = self.consumer_class(eqk, hup, vhost)
+        if self.prefetch is not None:
+            self.consumer.prefetch = self.prefetch
+        self.skipped: collections.Counter[tuple[Any, Any, Any]] = collections.Counter()
+        self._hub = self.consumer.subscriber.hub
+        self._inbox = _Inbox(self)
+        self._in_flight: dict[Delivery, Generator[Any, Any, None]] = {}
+        self._cancels: dict[Delivery, Callable[[], Any]] = {}
+        self._answered = AnsweredCalls()
+        self._error_queues: set[str] = set()
+        self._farewell: tuple[Delivery, Verdict] | None = None
+        self._stopping = False
+        self._pool: WorkerPool | None = None
+        self._event_loop: EventLoop | None = None
+
+    def __repr__(self) -> str:
+        name = self.fingerprint.get("name")
+        return f"<{type(self).__name__} {name} [{len(self._in_flight)} in flight, {self.consumer!r}]>"
+
+    def __enter__(self) -> MessageProcessor:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------- microthread
+
+    def main(self) -> Generator[Any, Any, None]:
+        """Run: consume, and handle one message a step, until told to leave."""
+        if self.scheduler is None:  # handlers need one, so this one brings its own
+            scheduler = MicroScheduler(autoquit=True)
+            scheduler.add_microthread(self)
+            yield from scheduler.main()
+            return
+        self.create()
+        yield 1
+        self.consumer.start()
+        while True:
+            if self._stopping or self._farewell is not None:
+                if (yield from self._depart()):
+                    return
+                continue
+            try:
+                wanted = self.step()
+            except StopIteration:
+                self._stopping = True
+                continue
+            yield 1 if wanted is None else wanted
+
+    def step(self) -> Any:
+        """Handle one message, or return the inbox to wait for."""
+        failure = self.consumer.subscriber.failure
+        if failure is not None:
+            raise failure
+        delivery = self.consumer.take()
+        if delivery is None:
+            self.consumer.subscriber.flush()
+            return self._inbox
+        task = self._handle(delivery)
+        self._in_flight[delivery] = task
+        try:
+            wanted = next(task)
+        except StopIteration:
+            return None
+        assert self.scheduler is not None
+        self.scheduler.spawn(task, wanted)
+        return None
+
+    def start_consuming(self) -> None:
+        """Handle messages until told to quit or to stop: a scheduler for this one alone."""
+        self.scheduler = None
+        for _ in self.main():
+            pass
+
+    def stop_consuming(self) -> None:
+        """End this microthread: it takes nothing more, and leaves. Callable from anywhere."""
+        self._stopping = True
+        self._inbox.notify()
+
+    def restart(self) -> None:
+        """Replace the program by a new run of itself, now.
+
+        A handler that wants this raises `AckAndRestart` instead, so that its message is
+        settled first.
+        """
+        restart.execute()
+
+    def add_eqk(self, eqk: Eqk) -> None:
+        """Declare, bind and consume further queues (`GenericConsumer.add_eqk()`)."""
+        self.consumer.add_eqk(eqk)
+
+    def add_timeout(self, seconds: float, callback: Callable[[], Any] | None = None) -> None:
+        """Call back after a while, or wait for it.
+
+        Args:
+            seconds: How long.
+            callback: Called by the scheduler, between two messages. None: block for that long;
+                connections are served meanwhile.
+        """
+        if callback is None:
+            self._hub.wait(lambda: False, seconds)
+            return
+
+        def later() -> Generator[Any, Any, None]:
+            callback()
+            return
+            yield
+
+        if self.scheduler is None:
+            raise PostageError("add_timeout with a callback needs a processor in a scheduler")
+        self.scheduler.spawn(later(), sleep(seconds))
+
+    @MessageHandler("command", "quit")
+    def msg_quit(self, content: Any) -> None:
+        """Quit: leave, and end the scheduler."""
+        raise ExitScheduler
+
+    @MessageHandler("command", "restart")
+    def msg_restart(self, content: Any) -> None:
+        """Restart: leave, and replace the program by a new run of itself."""
+        raise AckAndRestart
+
+    # ------------------------------------------------------------------------ leaving
+
+    def leave(self) -> Generator[Any, Any, bool]:
+        """Leave in order. A generator: handlers in flight are stepped meanwhile.
+
+        Nothing new is taken, unstarted messages go back, handlers in flight have `grace`
+        seconds, what they leave behind is delivered again, and the message that told us to
+        leave is settled last.
+
+        Returns:
+            Whether the broker took every settlement.
+        """
+        subscriber = self.consumer.subscriber
+        subscriber.stop()
+        yield _Until(self._hub, subscriber.stopped, self.grace)
+        while (delivery := self.consumer.take()) is not None:
+            subscriber.give_back(delivery)
+        yield _Until(self._hub, lambda: not self._in_flight, self.grace)
+        for delivery, task in list(self._in_flight.items()):
+            logger.warning("%r did not end in %g s; it is delivered again", delivery, self.grace)
+            self._cancels.pop(delivery, _nothing)()
+            task.close()
+        self._in_flight.clear()
+        if self._farewell is not None:
+            self.consumer.ack(self._farewell[0])
+        return self._end(self._farewell is not None)
+
+    def close(self) -> None:
+        """Let the connections go, without the ceremony of `leave()`."""
+        for task in list(self._in_flight.values()):
+            task.close()
+        self._in_flight.clear()
+        self._end(False)
+
+    def before_close(self, told_to_quit: bool) -> None:
+        """Hook: every message is settled, the connection is still there.
+
+        Args:
+            told_to_quit: Whether the component quits for good because a message said so.
+        """
+
+    def _end(self, told: bool) -> bool:
+        clean = self.consumer.subscriber.close(PUBLISH_TIMEOUT)
+        restarting = told and self._farewell is not None and self._farewell[1].fate is Fate.RESTART
+        if restarting and not clean:
+            return False  # it is delivered again; see _depart()
+        if clean:
+            try:
+                self.before_close(told and not restarting)
+            except PostageError:
+                logger.exception("%r could not tidy up", self)
+        self.consumer.close()
+        if self._pool is not None:
+            self._pool.close(0.0)
+            self._pool = None
+        if self._event_loop is not None:
+            from postage import workers
+
+            workers.release_event_loop(self._event_loop)
+            self._event_loop = None
+        return clean
+
+    def _depart(self) -> Generator[Any, Any, bool]:
+        """Leave because a message, or `stop_consuming()`, says so.
+
+        Returns:
+            Whether this microthread is over. A restart without the broker's consent does not
+            happen: its message would come again, and restart the new run, and so on.
+        """
+        clean = yield from self.leave()
+        farewell = self._farewell
+        if farewell is None or farewell[1].fate is Fate.STOP:
+            return True
+        delivery, verdict = farewell
+        if verdict.fate is Fate.RESTART:
+            if not clean:
+                logger.warning("no restart: the connection was lost before its message was settled")
+                self._farewell = None
+                self.consumer.subscriber.resume()
+                return False
+            assert self.scheduler is not None
+            self.scheduler.exit(partial(restart.execute, delivery.properties.message_id))
+        raise ExitScheduler
+
+    # ----------------------------------------------------------------- one message
+
+    def _handle(self, delivery: Delivery) -> Generator[Any, Any, None]:
+        try:
+            verdict = yield from self._judge(delivery)
+            yield from self._carry_out(delivery, verdict)
+        finally:
+            self._in_flight.pop(delivery, None)
+            self._cancels.pop(delivery, None)
+
+    def _judge(self, delivery: Delivery) -> Handling:
+        """Have a message handled, and decide what becomes of it."""
+        message_id = delivery.properties.message_id
+        if message_id is not None and message_id == restart.cause():
+            return ACK  # what this run is the answer to
+        try:
+            body = self._read(delivery)
+        except DecodeError as error:
+            if delivery.properties.reply_to is not None:
+                return (yield from self._answer(delivery, MessageResultError(str(error))))
+            return Verdict(Fate.PARK, "unreadable", error)
+        handlers = self._handlers_of(body)
+        if body["category"] == "rpc":
+            return (yield from self._judge_rpc(delivery, body, handlers[:1]))
+        if not handlers:
+            return self._unhandled(delivery, body)
+        for number, registration in enumerate(handlers):
+            data = self._data(body, registration, shared=number < len(handlers) - 1)
+            try:
+                yield from self._run(delivery, registration, (data,))
+            except FilterError as error:
+                logger.debug("%s keeps %r from %s", error, delivery, registration.attribute)
+            except RejectMessage:
+                return Verdict(Fate.REJECT, "rejected")
+            except _Ended:
+                return Verdict(Fate.STOP)
+            except ExitScheduler:
+                return Verdict(Fate.EXIT)
+            except AckAndRestart:
+                return Verdict(Fate.RESTART)
+            except Exception as error:
+                return Verdict(Fate.PARK, "failed", error)
+        return ACK
+
+    def _judge_rpc(
+        self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
+    ) -> Handling:
+        header = delivery.properties
+        if header.reply_to is None:
+            return Verdict(Fate.PARK, "unanswerable", DecodeError("an RPC request without reply_to"))
+        if _is_overdue(delivery):
+            logger.debug("nobody waits for the answer to %r any more", delivery)
+            return ACK
+        known = self._answered.repeated(header)
+        if known is not None:
+            if not known.done:
+                known.waiting.append(header)
+                return ACK
+            return (yield from self._confirmed([self._reply(delivery, each) for each in known.replies]))
+        answers: list[Future[None]] = []
+
+        def reply_func(message: Any) -> None:
+            reply = self.consumer.reply_body(message)
+            answers.append(self._reply(delivery, reply))
+            for waiting in self._answered.add(header.message_id, reply):
+                answers.append(self.consumer.reply(waiting, reply, PUBLISH_TIMEOUT))
+
+        verdict = ACK
+        if not handlers:
+            reply_func(MessageResultError(f"no handler for {_kind(body)}"))
+        else:
+            data = self._data(body, handlers[0], shared=False)
+            verdict = yield from self._run_rpc(delivery, handlers[0], data, reply_func)
+            if not answers:
+                reply_func(MessageResultError(f"the handler of {_kind(body)} ended without a reply"))
+        yield from self._confirmed(answers)
+        self._answered.finish(header.message_id, settled=True)
+        return verdict
+
+    def _run_rpc(
+        self,
+        delivery: Delivery,
+        registration: Registration,
+        data: Any,
+        reply_func: Callable[[Any], None],
+    ) -> Handling:
+        """Run the handler of an RPC call. Whatever it raises is also its answer."""
+        try:
+            yield from self._run(delivery, registration, (data, reply_func))
+        except FilterError as error:
+            reply_func(MessageResultError(f"filtered: {error}" if str(error) else "filtered"))
+        except _Ended:
+            reply_func(MessageResultException("StopIteration", ""))
+            return Verdict(Fate.STOP)
+        except Exception as error:
+            reply_func(MessageResultException(type(error).__name__, str(error)))
+            if isinstance(error, RejectMessage):
+                return Verdict(Fate.REJECT, "rejected")
+            if isinstance(error, ExitScheduler):
+                return Verdict(Fate.EXIT)
+            if isinstance(error, AckAndRestart):
+                return Verdict(Fate.RESTART)
+            logger.debug("%s raised", registration.attribute, exc_info=error)
+        return ACK
+
+    def _run(
+        self, delivery: Delivery, registration: Registration, arguments: tuple[Any, ...]
+    ) -> Generator[Any, Any, None]:
+        """Filter, call and, if it is not a plain function, go on with a handler.
+
+        Raises:
+            FilterError: A filter keeps the message from it; any exception of a filter does.
+            _Ended: It raised `StopIteration`, which must not leave a generator.
+        """
+        handler = getattr(self, registration.attribute)
+        data = arguments[0]
+        for function, args, kwds in getattr(handler, "filters", ()):
+            try:
+                data = function(data, *args, **kwds)
+            except Exception as error:
+                raise (error if isinstance(error, FilterError) else FilterError(repr(error))) from error
+        is_class = isinstance(handler, type)
+        call = partial(handler, *((self,) if is_class else ()), data, *arguments[1:])
+        if registration.threaded:
+            yield from self._run_in_thread(call)
+            return
+        try:
+            result = call()
+        except StopIteration:
+            raise _Ended from None
+        if is_class:
+            result = getattr(result, "result", None)
+        if inspect.isgenerator(result):
+            yield from result
+        elif inspect.iscoroutine(result):
+            yield from self._run_in_event_loop(delivery, result)
+
+    def _run_in_thread(self, call: Callable[[], Any]) -> Generator[Any, Any, None]:
+        if self._pool is None:
+            from postage import workers
+
+            name = f"postage-{self.fingerprint.get('name') or type(self).__name__}"
+            self._pool = workers.WorkerPool(self.threads, name)
+        future: Future[Any] = Future(self._hub.wait, self._hub.nudge)
+        self._pool.submit(call, future)
+        yield future
+
+    def _run_in_event_loop(self, delivery: Delivery, coroutine: Any) -> Generator[Any, Any, None]:
+        if self._event_loop is None:
+            from postage import workers
+
+            self._event_loop = workers.acquire_event_loop()
+        future: Future[Any] = Future(self._hub.wait, self._hub.nudge)
+        self._cancels[delivery] = self._event_loop.submit(coroutine, future)
+        yield future
+
+    # -------------------------------------------------------------- decisions, no I/O
+
+    def _read(self, delivery: Delivery) -> dict[str, Any]:
+        """Return the body of a message.
+
+        Raises:
+            DecodeError: It is none, and why.
+        """
+        size = len(delivery.body)
+        if self.max_body is not None and size > self.max_body:
+            raise DecodeError(
+                f"the body of {size} bytes is larger than max_body ({self.max_body}): raise it, "
+                "or send less"
+            )
+        body = self.consumer.decode(delivery.body)
+        if not isinstance(body, dict):
+            raise DecodeError(f"the body is no object but {type(body).__name__}")
+        for key, kinds in _NEEDED.items():
+            if key not in body:
+                raise DecodeError(f"the body has no {key!r}")
+            if not isinstance(body[key], kinds):
+                raise DecodeError(f"{key!r} of the body is {type(body[key]).__name__}")
+        if body["category"] not in ("message", "rpc"):
+            raise DecodeError(f"the category {str(body['category'])[:40]!r} is unknown")
+        return body
+
+    def _handlers_of(self, body: Mapping[str, Any]) -> tuple[Registration, ...]:
+        table = type(self)._message_handlers
+        kind = body["category"], body["type"]
+        return table.get((*kind, body["name"])) or table.get((*kind, None), ())
+
+    def _unhandled(self, delivery: Delivery, body: Mapping[str, Any]) -> Verdict:
+        """Decide about a message that nothing here handles.
+
+        From a shared queue it is parked: during a rollout an old instance must not swallow
+        what only the new code knows. A broadcast concerns those whom it concerns.
+        """
+        choice = self.unhandled or ("skip" if delivery.queue.personal else "park")
+        if choice == "reject":
+            return Verdict(Fate.REJECT, "unhandled")
+        if choice == "park":
+            return Verdict(Fate.PARK, "unhandled", DecodeError(f"no handler for {_kind(body)}"))
+        kind = (body["category"], body["type"], body["name"])
+        self.skipped[kind] += 1
+        if self.skipped[kind] == 1:
+            logger.warning("skipped %s: %s has no handler for it", _kind(body), type(self).__name__)
+        return ACK
+
+    @staticmethod
+    def _data(body: dict[str, Any], registration: Registration, shared: bool) -> Any:
+        """Return what a handler gets: a copy, if another one gets it after this one."""
+        data = body if registration.body_key is None else body[registration.body_key]
+        return copy.deepcopy(data) if shared else data
+
+    # --------------------------------------------------------------------- consequences
+
+    def _carry_out(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, None]:
+        if verdict.fate is Fate.PARK:
+            yield from self._park(delivery, verdict)
+        elif verdict.fate is Fate.REJECT:
+            self.consumer.reject(delivery, requeue=False)
+        elif verdict.fate in _LEAVING and self._farewell is None:
+            self._farewell = (delivery, verdict)  # it is settled last, see leave()
+            self._inbox.notify()
+        else:
+            self.consumer.ack(delivery)
+
+    def _park(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, None]:
+        """Move a message to its error queue: publish, wait for the confirm, then ack."""
+        queue = delivery.queue.error_queue or "error"
+        logger.error(
+            "parked a message from %r in %r: %s: %s",
+            delivery.queue.name,
+            queue,
+            verdict.reason,
+            verdict.error,
+            exc_info=verdict.error if verdict.reason == "failed" else None,
+        )
+        properties = parked_properties(delivery, verdict.reason, verdict.error, self.fingerprint)
+        try:
+            if queue not in self._error_queues:
+                yield self._declare_error_queue(queue)
+                self._error_queues.add(queue)
+            yield self.consumer.publish(queue, delivery.body, properties, mandatory=True)
+        except PostageError as error:
+            logger.error("could not park in %r, giving the message back: %s", queue, error)
+            self._error_queues.discard(queue)
+            yield sleep(PARK_RETRY)
+            self.consumer.reject(delivery, requeue=True)
+        else:
+            self.consumer.ack(delivery)
+
+    def _declare_error_queue(self, name: str) -> Future[None]:
+        future: Future[None] = Future(self._hub.wait, self._hub.nudge)
+
+        def script(channel: Channel) -> Script[str]:
+            return (yield from declare_queue(channel, error_queue(name)))
+
+        def done(_result: Any, error: PostageError | None) -> None:
+            if error is None:
+                future.set(None)
+            else:
+                future.fail(error)
+
+        connection = self.consumer.conn_broker
+        self._hub.call(lambda: connection.probe(script, done, PUBLISH_TIMEOUT))
+        return future
+
+    def _reply(self, delivery: Delivery, body: bytes) -> Future[None]:
+        return self.consumer.reply(delivery.properties, body, _patience(delivery))
+
+    def _answer(self, delivery: Delivery, message: Any) -> Handling:
+        """Send one answer, and ack when the broker has it."""
+        return (yield from self._confirmed([self._reply(delivery, self.consumer.reply_body(message))]))
+
+    def _confirmed(self, answers: list[Future[None]]) -> Handling:
+        """Wait until the broker took the answers: only then is the request done."""
+        for answer in list(answers):
+            try:
+                yield answer
+            except PostageError as error:  # the caller has stopped waiting by now
+                logger.warning("an answer was lost: %s", error)
+        return ACK
+
+
+class _Ended(Exception):
+    """A handler raised StopIteration."""
+
+
+class _Inbox:
+    """The waitable of a processor: ready when there is something to do."""
+
+    def __init__(self, processor: MessageProcessor) -> None:
+        self._processor = processor
+        self._subscriber = processor.consumer.subscriber
+        self._subscriber.on_delivery = self.notify
+        self._callback: Callable[[], None] | None = None
+        self.hub = self._subscriber.hub
+
+    def ready(self) -> bool:
+        processor, subscriber = self._processor, self._subscriber
+        return bool(
+            subscriber.inbox
+            or processor._farewell is not None
+            or processor._stopping
+            or subscriber.failure is not None
+        )
+
+    def when_ready(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        if self.ready():
+            self.notify()
+
+    def notify(self) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+
+
+class _Until:
+    """A waitable that is ready when a condition holds, or after a number of seconds."""
+
+    def __init__(self, hub: Any, ready: Callable[[], bool], seconds: float) -> None:
+        self.hub = hub
+        self.ready = ready
+        self.deadline = time.monotonic() + seconds
+
+
+#: What dispatching needs of a body, and of which types it may be.
+_NEEDED: dict[str, tuple[type, ...]] = {
+    "category": (str,),
+    "type": (str,),
+    "name": (str, type(None)),
+    "content": (dict,),
+}
+
+
+def _kind(body: Mapping[str, Any]) -> str:
+    return f"{body['category']} {body['type']!r} {body['name']!r}"
+
+
+def _patience(delivery: Delivery) -> float:
+    """Return the seconds that the caller of an RPC waits, counted from the delivery."""
+    timeout = (delivery.properties.headers or {}).get(TIMEOUT_HEADER)
+    return timeout / 1000 if isinstance(timeout, int) and timeout >= 0 else PUBLISH_TIMEOUT
+
+
+def _is_overdue(delivery: Delivery) -> bool:
+    """Tell whether the caller has stopped waiting, by our own clock alone."""
+    return time.monotonic() - delivery.received > _patience(delivery)
+
+
+def _nothing() -> None:
+    """What to cancel where there is nothing."""
+
+

@@ -1,0 +1,724 @@
+# SPDX-License-Identifier: MIT
+"""Sending messages and calling services.
+
+A producer's magic methods are resolved in one place (`GenericProducer.__getattr__`) and
+run in three steps: *build* the message, *compose* it with its pairs and properties into a
+`_Composed`, and hand that to whoever sends it, the producer itself or a `Batch`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+import pika
+
+from postage import debugging
+from postage.encoders import Encoder, JsonEncoder
+from postage.errors import (
+    BatchError,
+    ClosedError,
+    ConfigurationError,
+    PostageError,
+    PublishUnknownError,
+    TimeoutError,
+    UnroutableError,
+)
+from postage.fingerprint import Fingerprint
+from postage.futures import Future, refuse_in_coroutine
+from postage.messages import (
+    Message,
+    MessageCommand,
+    MessageResultError,
+    RpcCommand,
+    command_parameters,
+    new_message_id,
+)
+from postage.rpc import (
+    Caller,
+    Reply,
+    ReplyCollector,
+    Request,
+    decoded_reply,
+    encoded,
+)
+from postage.settings import (
+    Hup,
+    HupFromEnvironment,
+    VhostFromEnvironment,
+    compat_from_environment,
+    settings_for,
+)
+from postage.topology import DefaultExchange, Eks, Exchange, exchange_spec
+from postage.transport import connection as connections
+from postage.transport.connection import Connection
+from postage.transport.publisher import Fate, Publisher, Publishing, check_encodable
+from postage.transport.replies import ReplyStream
+
+logger = debugging.logger_of(__name__)
+
+#: Messages of a batch that may be without a confirm at one time. Enough to keep a broker
+#: on this or another continent busy, and few enough to hold in memory.
+BATCH_WINDOW = 2000
+#: Messages of a batch that are handed to the loop together.
+BATCH_CHUNK = 64
+#: Characters up to which a text fits into 255 bytes of UTF-8, whatever it is made of.
+_SHORT = 255 // 4
+
+_ROUTING = frozenset({"_key", "_eks", "_queue"})
+_PROPERTIES = frozenset({"_headers", "_message_id", "_mandatory", "_persistent"})
+_MESSAGE_KEYWORDS = _ROUTING | _PROPERTIES | {"_confirm", "_timeout", "_future"}
+_RPC_KEYWORDS = _ROUTING | _PROPERTIES | {"_timeout", "_max_retry", "_queue_only", "_future"}
+
+#: Guards the lazy opening of producers. Of the process, and new in a forked child.
+_opening = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+Builder = Callable[..., Any]
+
+
+class _Composed:
+    """A message that is ready to be sent: its body, its properties and its pairs."""
+
+    __slots__ = ("body", "confirm", "mandatory", "message_id", "pairs", "properties", "timeout")
+
+    def __init__(
+        self,
+        body: bytes,
+        properties: pika.BasicProperties,
+        pairs: Sequence[tuple[type[Exchange], str]],
+        *,
+        mandatory: bool,
+        confirm: bool,
+        timeout: float,
+    ) -> None:
+        self.body = body
+        self.properties = properties
+        self.pairs = pairs
+        self.mandatory = mandatory
+        self.confirm = confirm
+        self.timeout = timeout
+        self.message_id: str = properties.message_id
+
+    def publishings(self, settled: Callable[[Publishing], None]) -> list[Publishing]:
+        """Return one publishing for each pair."""
+        deadline = time.monotonic() + self.timeout
+        return [
+            Publishing(
+                exchange.spec(),
+                key,
+                self.body,
+                self.properties,
+                mandatory=self.mandatory,
+                confirm=self.confirm,
+                deadline=deadline,
+                settled=settled,
+            )
+            for exchange, key in self.pairs
+        ]
+
+
+class _Sending:
+    """The publishings of one message, and what to do when the last one has its fate."""
+
+    __slots__ = ("_finished", "_left", "publishings")
+
+    def __init__(
+        self, composed: _Composed, finished: Callable[[PostageError | None], None]
+    ) -> None:
+        self._finished = finished
+        self.publishings = composed.publishings(self._settled)
+        self._left = len(self.publishings)
+
+    def _settled(self, _publishing: Publishing) -> None:
+        self._left -= 1
+        if not self._left:
+            self._finished(_outcome(self.publishings))
+
+
+def _outcome(publishings: Sequence[Publishing]) -> PostageError | None:
+    """Return the one error that tells what became of the pairs of a message."""
+    errors = [each.error for each in publishings if each.error is not None]
+    unroutable = [each.pair for each in publishings if each.fate is Fate.RETURNED]
+    if not errors or len(publishings) == 1:
+        return errors[0] if errors else None
+    if len(unroutable) == len(errors):
+        delivered = [each.pair for each in publishings if each.error is None]
+        return UnroutableError(unroutable, delivered)
+    return next(error for error in errors if not isinstance(error, UnroutableError))
+
+
+class GenericProducer:
+    """Sends messages to exchanges and calls services.
+
+    Subclass it, list the exchange and key pairs in `eks`, and define ``build_message_x``
+    and ``build_rpc_x`` methods that return a message; or define none, and get commands:
+
+    * ``producer.message_x(...)`` sends to every pair and returns when the broker confirmed;
+    * ``producer.rpc_x(...)`` sends to the first pair and returns the service's result;
+    * ``producer.rpc_queue_x(...)`` sends and returns the queue of the replies, for
+      `consume_rpc()`.
+
+    All of them take, beside the arguments of the message:
+
+    =================  ==============================================================
+    ``_key``           another routing key, to the first exchange of `eks`
+    ``_eks``           other pairs; wins over ``_key``
+    ``_queue``         one queue, by its name, instead
+    ``_timeout``       seconds: until the confirm, or for each attempt of an RPC call
+    ``_future``        True: return at once, with a future
+    ``_headers``       a dict of AMQP headers
+    ``_message_id``    an id of your own
+    ``_mandatory``, ``_persistent``, ``_confirm``   for this message only
+    ``_max_retry``     RPC: how often an unanswered request is sent again
+    ``_queue_only``    RPC: as ``rpc_queue_x``
+    =================  ==============================================================
+
+    A producer connects when it first sends. It may be used by many threads, and on both
+    sides of a fork.
+
+    Attributes:
+        eks: [(exchange class, routing key), …].
+        encoder_class: How bodies are written.
+        hup: Host, user and password, as a dict; by default from the environment.
+        vhost: The virtual host; by default from the environment.
+        rpc_timeout: Seconds that an attempt of an RPC call waits for its reply.
+        max_retry: How often an unanswered RPC request is sent again.
+        publish_timeout: Seconds within which the fate of a message is known.
+        mandatory: A message that no queue is bound to is an error.
+        persistent: Messages survive a restart of the broker, in durable queues.
+        confirm: Wait until the broker took the responsibility.
+        compat: "1.2" to call services that run Postage 1.2.1. None: POSTAGE_COMPAT.
+
+    Args:
+        fingerprint: Entries that replace those of the automatic fingerprint.
+        hup: Host, user and password.
+        vhost: The virtual host.
+
+    Raises:
+        ConfigurationError: A setting makes no sense.
+    """
+
+    eks: Eks = [(Exchange, "nokey")]
+    encoder_class: ClassVar[type[Encoder]] = JsonEncoder
+    vhost: Any = VhostFromEnvironment()
+    hup: Any = HupFromEnvironment()
+    rpc_timeout: float = 30
+    max_retry: int = 4
+    publish_timeout: float = 30
+    mandatory: bool = True
+    persistent: bool = True
+    confirm: bool = True
+    compat: str | None = None
+
+    _publisher: Publisher | None = None  # for __del__ after a failed __init__
+    _closed = False
+
+    def __init__(
+        self,
+        fingerprint: Mapping[str, Any] | None = None,
+        hup: Mapping[str, Any] | None = None,
+        vhost: str | None = None,
+    ) -> None:
+        debugging.attach_if_asked()
+        self.vhost = vhost or self.vhost
+        self.hup = Hup(hup or self.hup)
+        self.encoder = self.encoder_class()
+        self.fingerprint: dict[str, Any] = {
+            **Fingerprint(vhost=self.vhost).as_dict(),
+            **(fingerprint or {}),
+        }
+        self._settings = settings_for(self.hup, self.vhost)
+        self._pairs = _checked(self.eks)
+        self._replies = ReplyStream()
+        self._collectors: dict[str, ReplyCollector] = {}
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else repr(self._publisher or "not connected yet")
+        return f"<{type(self).__name__} {self._settings} [{state}]>"
+
+    def __enter__(self) -> GenericProducer:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        publisher = self._publisher
+        if publisher is None or self._closed or publisher.hub.pid != os.getpid():
+            return
+        if publisher.connection.state is not connections.State.CLOSED:
+            warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2)
+            publisher.hub.call(publisher.shut)
+
+    @property
+    def default_exchange(self) -> type[Exchange]:
+        """The exchange that ``_key`` alone sends to."""
+        return self._pairs[0][0]
+
+    @property
+    def conn_broker(self) -> Connection:
+        """The shared connection, for its state."""
+        return self._open().connection
+
+    @property
+    def channel(self) -> Publisher:
+        """The publishing channel, for its state."""
+        return self._open()
+
+    # ---------------------------------------------------------------------- sending
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Resolve ``message_x``, ``rpc_x`` and ``rpc_queue_x``.
+
+        Raises:
+            AttributeError: The name is none of those.
+        """
+        if name.startswith("message_"):
+            return partial(self._message_send, _callable=self._builder(name, MessageCommand))
+        if name.startswith("rpc_queue_") and not hasattr(type(self), f"build_{name}"):
+            called = "rpc_" + name.removeprefix("rpc_queue_")
+            builder = self._builder(called, RpcCommand)
+            return partial(self._rpc_send, _callable=builder, _queue_only=True)
+        if name.startswith("rpc_"):
+            return partial(self._rpc_send, _callable=self._builder(name, RpcCommand))
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r} "
+            "(producers make up message_*, rpc_* and rpc_queue_*)"
+        )
+
+    def message(self, *args: Any, **kwds: Any) -> Any:
+        """Send a generic message: the arguments become ``content['args']`` and ``['kwds']``.
+
+        Returns:
+            None, or a future with ``_future=True``.
+
+        Raises:
+            PublishError, EncodingError: As for every ``message_x()``.
+        """
+        return self._message_send(*args, _callable=_generic, **kwds)
+
+    def forward(self, body: Mapping[str, Any], *args: Any, **kwds: Any) -> Any:
+        """Send the body of a message on as it is, with the fingerprint of its origin.
+
+        Args:
+            body: The dictionary form of a message.
+            *args: Ignored, as in 1.2.1.
+            **kwds: The underscore keywords of the magic methods.
+        """
+        return self._send(self._compose_body(body, kwds), bool(kwds.get("_future", False)))
+
+    def batch(self) -> Batch:
+        """Return a batch: a context manager with the sending methods of this producer.
+
+        Its messages are confirmed together when the block ends, at the speed of the
+        network instead of one round trip each.
+        """
+        return Batch(self)
+
+    def _builder(self, name: str, command: type[Message]) -> Builder:
+        """Return what builds the messages of a magic method.
+
+        That is the producer's ``build_<name>``, or else a command of that name, with as
+        many parameters as are given.
+        """
+        builder = getattr(type(self), f"build_{name}", None) or vars(self).get(f"build_{name}")
+        if builder is not None:
+            return partial(builder, self) if hasattr(type(self), f"build_{name}") else builder
+        verb = name.removeprefix("message_" if command is MessageCommand else "rpc_")
+
+        def build(*args: Any, **kwds: Any) -> Message:
+            _refuse_unknown(name, kwds)
+            return command(verb, command_parameters(args, kwds))
+
+        return build
+
+    def _message_send(self, *args: Any, _callable: Builder, **kwds: Any) -> Any:
+        future = bool(kwds.pop("_future", False))
+        return self._send(self._compose(_callable, args, kwds), future)
+
+    def _compose(self, build: Builder, args: tuple[Any, ...], kwds: dict[str, Any]) -> _Composed:
+        special = {name: kwds.pop(name) for name in _MESSAGE_KEYWORDS & kwds.keys()}
+        message = build(*args, **kwds)
+        message.fingerprint(**self._fingerprint())
+        return self._compose_body(message.body, special)
+
+    def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> _Composed:
+        pairs = self._get_eks(special)
+        timeout = special.get("_timeout")
+        return _Composed(
+            self._encode(body),
+            pika.BasicProperties(**self._build_message_properties(special, pairs)),
+            pairs,
+            mandatory=bool(special.get("_mandatory", self.mandatory)),
+            confirm=bool(special.get("_confirm", self.confirm)),
+            timeout=self.publish_timeout if timeout is None else _seconds("_timeout", timeout),
+        )
+
+    def _send(self, composed: _Composed, as_future: bool) -> Any:
+        publisher = self._open()
+        future: Future[None] = Future(publisher.hub.wait, publisher.hub.nudge)
+
+        def finished(error: PostageError | None) -> None:
+            if error is None:
+                future.set(None)
+            else:
+                future.fail(error)
+
+        sending = _Sending(composed, finished)
+        if logger.isEnabledFor(debugging.DEBUG):
+            logger.debug("> %s to %s", composed.body, [each.pair for each in sending.publishings])
+        start = partial(publisher.send, sending.publishings)
+        if as_future:
+            publisher.hub.call(start)
+            return future
+        refuse_in_coroutine("sending a message", "await producer.message_x(..., _future=True)")
+        publisher.hub.wait(future.ready, first=start)  # the publisher keeps the deadline
+        return future.result()
+
+    # -------------------------------------------------------------------------- RPC
+
+    def _rpc_send(self, *args: Any, _callable: Builder, **kwds: Any) -> Any:
+        special = {name: kwds.pop(name) for name in _RPC_KEYWORDS & kwds.keys()}
+        message = _callable(*args, **kwds)
+        message.fingerprint(**self._fingerprint())
+        publisher = self._open()
+        if special.get("_queue_only"):
+            return self._rpc_queue(publisher, message, special)
+        request = self._request(message, special)
+        reply = Reply(publisher.hub.wait, publisher.hub.nudge, self.encoder.decode)
+        compat = (self.compat or compat_from_environment()) is not None
+        caller = Caller(publisher, self._replies, request, reply, compat)
+        if special.get("_future"):
+            publisher.hub.call(caller.start)
+            return reply
+        refuse_in_coroutine("an RPC call", "await producer.rpc_x(..., _future=True)")
+        publisher.hub.wait(reply.ready, first=caller.start)  # the call keeps its deadlines
+        return reply.result()
+
+    def _request(self, message: Message, special: Mapping[str, Any]) -> Request:
+        pairs = self._get_eks(special)[:1]
+        exchange, key = pairs[0]
+        timeout, retries = special.get("_timeout"), special.get("_max_retry")
+        if timeout is None or _seconds("_timeout", timeout, negative=True) < 0:
+            timeout = self.rpc_timeout
+        return Request(
+            exchange.spec(),
+            key,
+            self._encode(message.body),
+            {
+                **self._build_message_properties(special, pairs),
+                "delivery_mode": 2 if special.get("_persistent") else 1,  # it is sent again
+            },
+            timeout=float(timeout),
+            max_retry=self.max_retry if retries is None else max(0, int(retries)),
+            mandatory=bool(special.get("_mandatory", True)),
+            queue=exchange.queue_of(key),
+        )
+
+    def _rpc_queue(
+        self, publisher: Publisher, message: Message, special: Mapping[str, Any]
+    ) -> str:
+        request = self._request(message, special)
+        collector = ReplyCollector(publisher)
+        queue = collector.open(self.publish_timeout)
+        properties = pika.BasicProperties(
+            **request.properties, reply_to=queue, correlation_id=new_message_id()
+        )
+        composed = _Composed(
+            request.body,
+            properties,
+            self._get_eks(special)[:1],
+            mandatory=request.mandatory,
+            confirm=True,
+            timeout=self.publish_timeout,
+        )
+        try:
+            self._send(composed, as_future=False)
+        except PostageError:
+            collector.close()
+            raise
+        self._collectors[queue] = collector
+        return queue
+
+    def consume_rpc(
+        self,
+        queue: str,
+        result_len: int = 1,
+        callback: Callable[[Any], None] | None = None,
+        timeout: float | None = None,
+    ) -> list[Message]:
+        """Return the replies that came, or come, to the queue of an ``rpc_queue_x()`` call.
+
+        Args:
+            queue: What ``rpc_queue_x()`` returned. It is gone afterwards.
+            result_len: How many replies to wait for.
+            callback: Called with each reply in its dictionary form.
+            timeout: Seconds; None or a negative number for `rpc_timeout`.
+
+        Raises:
+            TimeoutError: There were not that many replies in time.
+            ConfigurationError: The queue is not one of this producer's.
+        """
+        collector = self._collectors.pop(queue, None)
+        if collector is None:
+            raise ConfigurationError(
+                f"consume_rpc: {queue!r} is no reply queue of this producer; "
+                "it takes what rpc_queue_x() returned, once"
+            )
+        refuse_in_coroutine("consume_rpc()", "use rpc_x(..., _future=True)")
+        seconds = self.rpc_timeout if timeout is None or timeout < 0 else timeout
+        try:
+            bodies = collector.collect(result_len, seconds)
+        finally:
+            collector.close()
+        results = [decoded_reply(body, self.encoder.decode) for body in bodies]
+        if callback is not None:
+            for result in results:
+                callback(result.body)
+        if len(results) < result_len:
+            raise TimeoutError(f"{len(results)} of {result_len} replies within {seconds:g} s")
+        return results or [MessageResultError("no reply was asked for")]
+
+    # ------------------------------------------------------------------ what both need
+
+    def _get_eks(self, special: Mapping[str, Any]) -> Sequence[tuple[type[Exchange], str]]:
+        """Return the pairs that a message goes to. ``_eks`` wins over ``_key``."""
+        if "_queue" in special:
+            if "_eks" in special or "_key" in special:
+                raise TypeError("give _queue, or _key or _eks, but not both")
+            pairs = [(DefaultExchange, special["_queue"])]
+        elif "_eks" in special:
+            pairs = _checked(special["_eks"])
+        elif "_key" in special:
+            pairs = [(self.default_exchange, special["_key"])]
+        else:
+            return self._pairs
+        for _exchange, key in pairs:
+            if not isinstance(key, str):
+                raise TypeError(f"the routing key {key!r} is no string")
+        return pairs
+
+    def _build_message_properties(
+        self, special: Mapping[str, Any], pairs: Sequence[tuple[type[Exchange], str]]
+    ) -> dict[str, Any]:
+        headers = special.get("_headers")
+        message_id = special.get("_message_id") or new_message_id()
+        persistent = special.get("_persistent", self.persistent)
+        name = self.fingerprint.get("name")
+        properties: dict[str, Any] = {
+            "content_type": self.encoder.content_type or None,
+            "delivery_mode": 2 if persistent else 1,  # AMQP 0-9-1: 2 is persistent
+            "message_id": message_id,
+            "timestamp": int(time.time()),
+            "app_id": str(name) if name is not None else None,
+            "headers": dict(headers) if headers else None,
+        }
+        doubtful = max(len(key) for _exchange, key in pairs) > _SHORT or len(str(name)) > _SHORT
+        if headers or doubtful or "_message_id" in special:
+            for _exchange, key in pairs:
+                check_encodable(key, pika.BasicProperties(**properties))
+        return properties
+
+    def _encode(self, body: Mapping[str, Any]) -> bytes:
+        return encoded(self.encoder, body)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return the fingerprint, with the pid of a child that we were forked into."""
+        pid = os.getpid()
+        if pid != self._pid:
+            if self.fingerprint.get("pid") == str(self._pid):
+                self.fingerprint["pid"] = str(pid)
+            self._pid = pid
+        return self.fingerprint
+
+    def _open(self) -> Publisher:
+        publisher = self._publisher
+        if publisher is not None and publisher.hub.pid == os.getpid() and not self._closed:
+            return publisher
+        with _opening:
+            if self._closed:
+                raise ClosedError(f"{type(self).__name__} is used after close()")
+            if self._publisher is None or self._publisher.hub.pid != os.getpid():
+                self._replies = ReplyStream()
+                self._collectors = {}
+                connection = connections.acquire(self._settings, "publish")
+                self._publisher = Publisher(connection, self._replies)
+            return self._publisher
+
+    def close(self, timeout: float = connections.CLOSE_GRACE) -> None:
+        """Wait for what is still being confirmed, then let the connection go.
+
+        Args:
+            timeout: Seconds at most.
+        """
+        with _opening:
+            publisher, closed = self._publisher, self._closed
+            self._closed = True
+        if publisher is None or closed or publisher.hub.pid != os.getpid():
+            return
+        publisher.close(timeout)
+        connections.release(publisher.connection, timeout)
+
+    @staticmethod
+    def serialize_text_file(filepath: str | os.PathLike[str]) -> dict[str, Any]:
+        """Return a text file as ``{'name': …, 'content': [line, …]}``, fit for a message.
+
+        Args:
+            filepath: A file in UTF-8.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        path = Path(filepath)
+        with path.open(encoding="utf-8") as lines:
+            return {"name": path.name, "content": list(lines)}
+
+
+class Batch:
+    """Many messages that are confirmed together. Made by `GenericProducer.batch()`.
+
+    It has the producer's ``message_x()``, ``message()`` and ``forward()``. They return when
+    the message is on its way; the end of the block waits for all of them.
+
+    Attributes:
+        confirmed: The ids of the messages that the broker confirmed.
+        failed: (message id, error) of those that certainly did not arrive everywhere.
+        unknown: (message id, error) of those that may have arrived.
+
+    Raises:
+        BatchError: At the end of the block, if not every message was confirmed. An
+            exception of the block itself goes first.
+    """
+
+    def __init__(self, producer: GenericProducer) -> None:
+        self.confirmed: list[str] = []
+        self.failed: list[tuple[str, Exception]] = []
+        self.unknown: list[tuple[str, Exception]] = []
+        self._producer = producer
+        self._publisher = producer._open()
+        self._chunk: list[Publishing] = []
+        self._sent = 0
+        self._open = False
+
+    def __repr__(self) -> str:
+        return f"<Batch [{self._sent} sent, {self._settled} settled]>"
+
+    def __enter__(self) -> Batch:
+        self._open = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._open = False
+        self._wait_for(lambda: self._settled >= self._sent)
+        if kind is None and (self.failed or self.unknown):
+            raise BatchError(self.confirmed, self.failed, self.unknown)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if not name.startswith("message_"):
+            raise AttributeError(
+                f"a batch has no attribute {name!r}: it sends with message_*, message and forward"
+            )
+        return partial(self._build_and_send, self._producer._builder(name, MessageCommand))
+
+    def message(self, *args: Any, **kwds: Any) -> None:
+        """Send a generic message, as `GenericProducer.message()`."""
+        self._build_and_send(_generic, *args, **kwds)
+
+    def forward(self, body: Mapping[str, Any], *args: Any, **kwds: Any) -> None:
+        """Send a body on as it is, as `GenericProducer.forward()`."""
+        self._send(self._producer._compose_body(body, kwds))
+
+    @property
+    def _settled(self) -> int:
+        return len(self.confirmed) + len(self.failed) + len(self.unknown)
+
+    def _build_and_send(self, build: Builder, *args: Any, **kwds: Any) -> None:
+        self._send(self._producer._compose(build, args, kwds))
+
+    def _send(self, composed: _Composed) -> None:
+        hub = self._publisher.hub
+        if not self._open or hub.pid != os.getpid():
+            raise ClosedError("a batch sends inside its with block, in the process that opened it")
+        message_id = composed.message_id
+
+        def finished(error: PostageError | None) -> None:
+            if error is None:
+                self.confirmed.append(message_id)
+            elif isinstance(error, PublishUnknownError):
+                self.unknown.append((message_id, error))
+            else:
+                self.failed.append((message_id, error))
+
+        self._chunk.extend(_Sending(composed, finished).publishings)
+        self._sent += 1
+        if len(self._chunk) >= BATCH_CHUNK:
+            if self._sent - self._settled > BATCH_WINDOW:
+                self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
+            else:
+                chunk, self._chunk = self._chunk, []
+                hub.call(partial(self._publisher.send, chunk))
+
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
+        chunk, self._chunk = self._chunk, []
+        self._publisher.hub.wait(ready, first=partial(self._publisher.send, chunk))
+
+
+def _generic(*args: Any, **kwds: Any) -> Message:
+    _refuse_unknown("message", kwds)
+    return Message(*args, **kwds)
+
+
+def _refuse_unknown(name: str, kwds: Iterable[str]) -> None:
+    """Refuse a mistyped underscore keyword, which would else become part of the message."""
+    unknown = sorted(key for key in kwds if key.startswith("_"))
+    if unknown:
+        raise TypeError(
+            f"{name}() got unexpected keyword(s) {', '.join(unknown)}; those that steer it are "
+            f"{', '.join(sorted(_MESSAGE_KEYWORDS | _RPC_KEYWORDS))}"
+        )
+
+
+def _checked(eks: Eks) -> list[tuple[type[Exchange], str]]:
+    pairs = list(eks)
+    if not pairs:
+        raise ConfigurationError("eks is empty: give at least one (exchange, routing key)")
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ConfigurationError(f"eks: {pair!r} is no pair of an exchange and a routing key")
+        exchange_spec(pair[0])
+        if not isinstance(pair[1], str):
+            raise ConfigurationError(f"eks: the routing key {pair[1]!r} is no string")
+    return [(exchange, key) for exchange, key in pairs]
+
+
+def _seconds(what: str, value: Any, negative: bool = False) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or (value < 0 and not negative)
+    ):
+        raise ConfigurationError(f"{what} is {value!r}: give a number of seconds, 0 or more")
+    return float(value)

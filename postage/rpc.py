@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: MIT
+"""Both ends of an RPC call.
+
+The caller's end is `Caller`: it sends a request and sees to it that the call ends, with a
+reply or with a falsy result that says why there is none:
+
+| what happens                                    | result                              |
+|-------------------------------------------------|-------------------------------------|
+| the reply comes                                 | what the service sent               |
+| no queue is bound to the key                    | `UnroutableError`, at once          |
+| the queue is there, and nobody consumes it      | `NoConsumer`, after two looks       |
+| no reply within the timeout, after all retries  | `TimeoutError`                      |
+| no connection, or an alarm of the broker        | the error's name, at the timeout    |
+| the reply cannot be read                        | an error that says so               |
+
+The service's end is `AnsweredCalls`, which answers a repeated request without running its
+handler again.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pika
+from pika.channel import Channel
+
+from postage.encoders import Encoder
+from postage.errors import (
+    NOT_FOUND,
+    ChannelClosedError,
+    ConnectionLostError,
+    PostageError,
+    TransportError,
+)
+from postage.futures import Future
+from postage.messages import (
+    Message,
+    MessageResultError,
+    MessageResultException,
+    message_from_reply,
+    new_message_id,
+)
+from postage.topology import ExchangeSpec
+from postage.transport.publisher import DIRECT_REPLY_TO, Fate, Publisher, Publishing
+from postage.transport.replies import ReplyQueue, ReplyStream
+
+#: Seconds without a reply after which a call looks whether anybody consumes its queue,
+#: and between that look and the second one. A service that restarts is back by then.
+LOOK_AFTER = 1.0
+#: Looks that have to find nobody.
+LOOKS = 2
+#: Header that tells a service how many milliseconds its caller waits. A duration, not a
+#: time of day: clocks of two hosts differ, and no call may be skipped for that.
+TIMEOUT_HEADER = "postage-timeout"
+#: Largest number that fits the 32 bits which every AMQP library reads alike.
+_INT_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call sends, each time it sends it.
+
+    ``properties`` are those of `pika.BasicProperties` without the ones that belong to the
+    call (reply_to, correlation_id, expiration). ``queue`` is the single queue that the key
+    leads to, where that is known. ``timeout`` is for each attempt, in seconds.
+    """
+
+    exchange: ExchangeSpec
+    key: str
+    body: bytes
+    properties: dict[str, Any]
+    timeout: float
+    max_retry: int
+    mandatory: bool = True
+    queue: str | None = None
+
+
+class Reply(Future[Message]):
+    """The result of a call. What arrived is decoded by whoever asks for it first."""
+
+    __slots__ = ("_decode",)
+
+    def __init__(self, wait: Any, wake: Callable[[], None], decode: Callable[[bytes], Any]) -> None:
+        super().__init__(wait, wake)
+        self._decode = decode
+
+    def result(self, timeout: float | None = None) -> Message:
+        """Wait for the result: a message, falsy if it is no success.
+
+        Args:
+            timeout: Seconds, or None until the call itself ends, which it does.
+
+        Raises:
+            TimeoutError: This timeout ended before the call did; the call goes on.
+            PostageError: A coroutine is running in this thread; it must await instead.
+        """
+        value: Any = super().result(timeout)
+        if isinstance(value, bytes):
+            self._value = value = decoded_reply(value, self._decode)
+        assert isinstance(value, Message)
+        return value
+
+
+def decoded_reply(body: bytes, decode: Callable[[bytes], Any]) -> Message:
+    """Return the result message of a reply's body. Never raises for what a peer sent."""
+    try:
+        return message_from_reply(decode(body))
+    except PostageError as error:
+        return MessageResultError(f"Malformed reply: {error}")
+
+
+class Caller:
+    """One call, from its first request to its result. All methods are for the leader.
+
+    Args:
+        publisher: Sends the requests, and listens with `stream`.
+        stream: Where direct replies arrive.
+        request: What to send.
+        reply: Gets the result.
+        compat: Use a reply queue of its own for each attempt, as 1.2.1 did: its services
+            send no correlation id.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        stream: ReplyStream,
+        request: Request,
+        reply: Reply,
+        compat: bool = False,
+    ) -> None:
+        self._publisher = publisher
+        self._stream = stream
+        self._request = request
+        self._reply = reply
+        self._compat = compat
+        self._hub = publisher.hub
+        self._id = new_message_id()
+        self._attempts = 0
+        self._looks = 0
+        self._publishing: Publishing | None = None
+        self._queue: ReplyQueue | None = None
+        self._timers: list[object] = []
+
+    def start(self) -> None:
+        """Send the first request."""
+        self._stream.add(self._id, self)
+        self._attempt()
+
+    def replied(self, body: bytes) -> None:
+        """Hear the reply."""
+        self._finish(body)
+
+    def deafened(self) -> None:
+        """Send a request again that was taken: its reply address is gone.
+
+        One that was not taken yet is published again by the publisher.
+        """
+        if self._publishing is not None and self._publishing.fate is not None:
+            self._publish(DIRECT_REPLY_TO)
+
+    # ----------------------------------------------------------------------- inside
+
+    def _attempt(self) -> None:
+        self._attempts += 1
+        self._timers = [self._hub.call_later(self._request.timeout, self._time_out)]
+        if self._request.queue is not None:
+            self._looks = 0
+            self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+        if self._compat:
+            self._publisher.connection.probe(_wait_for_connection, self._open_queue)
+        else:
+            self._publish(DIRECT_REPLY_TO)
+
+    def _open_queue(self, _result: Any, error: TransportError | None) -> None:
+        if self._reply.ready():
+            return
+        try:
+            if error is not None:
+                raise error
+            self._close_queue()
+            self._queue = ReplyQueue(
+                self._publisher.connection, opened=self._publish, lost=self._lose_queue
+            )
+            self._queue.on_reply = self.replied
+        except ConnectionLostError:  # on to the next connection
+            self._publisher.connection.probe(_wait_for_connection, self._open_queue)
+        except TransportError as refusal:
+            self._fail(refusal)
+
+    def _lose_queue(self, error: TransportError) -> None:
+        if isinstance(error, ConnectionLostError):
+            self._publisher.connection.probe(_wait_for_connection, self._open_queue)
+        else:
+            self._fail(error)
+
+    def _publish(self, reply_to: str) -> None:
+        request = self._request
+        milliseconds = min(round(request.timeout * 1000), _INT_MAX)
+        headers = {**(request.properties.get("headers") or {}), TIMEOUT_HEADER: milliseconds}
+        properties = pika.BasicProperties(
+            **{**request.properties, "headers": headers},
+            reply_to=reply_to,
+            correlation_id=self._id,
+            expiration=str(milliseconds),  # nobody waits for the reply after that
+        )
+        self._publishing = Publishing(
+            request.exchange,
+            request.key,
+            request.body,
+            properties,
+            mandatory=request.mandatory,
+            confirm=True,
+            deadline=time.monotonic() + request.timeout,
+            settled=self._settled,
+            wants_reply=reply_to == DIRECT_REPLY_TO,
+        )
+        self._publisher.send([self._publishing])
+
+    def _settled(self, publishing: Publishing) -> None:
+        if publishing is not self._publishing or publishing.fate is Fate.UNKNOWN:
+            return  # of an earlier attempt; or perhaps taken, then the reply decides
+        if publishing.error is not None:
+            self._fail(publishing.error)
+
+    def _look(self) -> None:
+        """Ask whether anybody consumes the queue: a durable one outlives its service."""
+        queue = self._request.queue
+
+        def script(channel: Channel) -> Generator[Any, Any, int]:
+            answer = yield partial(channel.queue_declare, queue=queue, passive=True)
+            return int(answer.method.consumer_count)
+
+        self._publisher.connection.probe(script, self._looked, self._request.timeout)
+
+    def _looked(self, consumers: Any, error: TransportError | None) -> None:
+        if self._reply.ready() or consumers:
+            return
+        if error is not None:
+            if not isinstance(error, ChannelClosedError) or error.code != NOT_FOUND:
+                self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+            return  # it does not exist: then it is not the one that the request went to
+        self._looks += 1
+        if self._looks < LOOKS:
+            self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+            return
+        self._finish(
+            MessageResultException(
+                "NoConsumer",
+                f"queue {self._request.queue!r} exists and nobody consumes it: start the service",
+            )
+        )
+
+    def _time_out(self) -> None:
+        self._cancel_timers()
+        if self._publishing is not None and self._publisher.withdraw(self._publishing):
+            self._fail(self._publisher.unsent(self._publishing))
+        elif self._attempts > self._request.max_retry:
+            tries = f"{self._attempts} times {self._request.timeout:g} s"
+            self._finish(
+                MessageResultException(
+                    "TimeoutError",
+                    f"no reply from exchange {self._request.exchange.name!r} "
+                    f"key {self._request.key!r} within {tries}",
+                )
+            )
+        else:
+            self._attempt()
+
+    def _fail(self, error: PostageError) -> None:
+        self._finish(MessageResultException(type(error).__name__, str(error)))
+
+    def _finish(self, result: bytes | Message) -> None:
+        self._cancel_timers()
+        self._stream.remove(self._id)
+        self._close_queue()
+        future: Future[Any] = self._reply
+        future.set(result)
+
+    def _close_queue(self) -> None:
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
+
+    def _cancel_timers(self) -> None:
+        for timer in self._timers:
+            self._hub.cancel(timer)
+        self._timers.clear()
+
+
+def _wait_for_connection(_channel: Channel) -> Generator[Any, Any, None]:
+    """Ask nothing: the answer comes as soon as there is a connection."""
+    return
+    yield
+
+
+class ReplyCollector:
+    """A reply queue that is read by the caller's own thread (`rpc_queue_x`, `consume_rpc`).
+
+    Args:
+        publisher: Whose connection it lives on.
+    """
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._name: Future[str] = Future(publisher.hub.wait)
+        self._queue: ReplyQueue | None = None
+
+    def open(self, timeout: float) -> str:
+        """Open the queue and return its name.
+
+        Raises:
+            TransportError: It could not be opened in time.
+        """
+        connection = self._publisher.connection
+
+        def opened(_result: Any, error: TransportError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                self._queue = ReplyQueue(connection, self._name.set, self._name.fail)
+            except TransportError as trouble:
+                self._name.fail(trouble)
+
+        self._publisher.hub.wait(
+            self._name.ready, timeout, first=lambda: connection.probe(_wait_for_connection, opened)
+        )
+        return self._name.result(0)
+
+    def collect(self, count: int, timeout: float) -> list[bytes]:
+        """Return `count` replies, or fewer if the time is over before."""
+        queue = self._queue
+        assert queue is not None
+        self._publisher.hub.wait(
+            lambda: len(queue.replies) >= count or queue.error is not None, timeout
+        )
+        return [queue.replies.popleft() for _ in range(min(count, len(queue.replies)))]
+
+    def close(self) -> None:
+        """Let the broker delete the queue."""
+        if self._queue is not None:
+            self._publisher.hub.call(self._queue.close)
+
+
+# ---------------------------------------------------------------------- the service's end
+
+
+class Answered:
+    """The replies to one request, for those who repeat it."""
+
+    __slots__ = ("done", "replies", "waiting")
+
+    def __init__(self) -> None:
+        self.replies: list[bytes] = []
+        self.waiting: list[pika.BasicProperties] = []  # repeats that came while it still ran
+        self.done = False
+
+
+class AnsweredCalls:
+    """The latest answered requests of one component, by message id.
+
+    A caller whose timeout ends sends the request again with the same message id. The
+    instance that ran it already answers from here instead of running it twice. Another
+    instance cannot know: commands that must not run twice need ``max_retry = 0``.
+
+    Args:
+        size: How many requests are remembered.
+        limit: Bytes of replies beyond which one is not remembered.
+    """
+
+    def __init__(self, size: int = 256, limit: int = 65_536) -> None:
+        self._size = size
+        self._limit = limit
+        self._answered: collections.OrderedDict[str, Answered] = collections.OrderedDict()
+
+    def repeated(self, properties: pika.BasicProperties) -> Answered | None:
+        """Return the entry of a request that is known already, else note it as running."""
+        if properties.message_id is None:
+            return None
+        known = self._answered.get(properties.message_id)
+        if known is None:
+            self._answered[properties.message_id] = Answered()
+            while len(self._answered) > self._size:
+                self._answered.popitem(last=False)
+        return known
+
+    def add(self, message_id: str | None, reply: bytes) -> list[pika.BasicProperties]:
+        """Keep a reply. Returns the repeats that wait for it."""
+        entry = self._answered.get(message_id) if message_id is not None else None
+        if entry is None:
+            return []
+        entry.replies.append(reply)
+        return list(entry.waiting)
+
+    def finish(self, message_id: str | None, settled: bool) -> None:
+        """Note that the handler ended. What it could not settle may run again."""
+        entry = self._answered.get(message_id) if message_id is not None else None
+        if entry is None or message_id is None:
+            return
+        entry.done = True
+        entry.waiting.clear()
+        if not settled or sum(map(len, entry.replies)) > self._limit:
+            del self._answered[message_id]
+
+
+def encoded(encoder: Encoder, body: Any) -> bytes:
+    """Return the bytes that the body of a message travels as.
+
+    Raises:
+        EncodingError: It holds something that the encoder cannot write.
+    """
+    text = encoder.encode(body)
+    return text if isinstance(text, bytes) else text.encode("utf-8")

@@ -1,0 +1,657 @@
+# SPDX-License-Identifier: MIT
+"""One connection to the broker: how it comes up, how it comes back, how it ends.
+
+A `Connection` outlives the connections of pika that it makes one after the other. Its
+*tenants*, publishers and subscribers, are told when there is a new one and when it is
+gone; each opens a channel of its own and puts its state back on it.
+
+Methods without an underscore say in their docstring who may call them: any thread, or
+only the leader of the hub (see `postage.transport.hub`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import enum
+import logging
+import os
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pika
+from pika import exceptions as pika_errors
+from pika.adapters.utils import connection_workflow
+from pika.channel import Channel
+
+from postage.errors import (
+    ClosedError,
+    ConnectionFailedError,
+    ConnectionLostError,
+    ExchangeMismatchError,
+    ForkedError,
+    TransportError,
+)
+from postage.futures import Future
+from postage.settings import Settings, adopt_on_mismatch
+from postage.topology import ExchangeSpec
+from postage.transport import hub as hubs
+from postage.transport.conversation import (
+    Done,
+    Script,
+    converse,
+    declare_exchange,
+    translated,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds of the first and of the longest pause between two rounds over the hosts.
+BACKOFF_FIRST, BACKOFF_LONGEST = 0.5, 30.0
+#: Seconds that a connection must have lasted for the pauses to begin small again.
+STABLE = 30.0
+#: Seconds that a clean close may take before the socket is simply dropped.
+CLOSE_GRACE = 5.0
+#: The oldest broker that declares what postage declares: quorum queues with a message
+#: TTL and at-least-once dead lettering came with RabbitMQ 3.10.
+OLDEST_RABBITMQ = (3, 10)
+
+
+class State(enum.Enum):
+    """What a connection is doing."""
+
+    DISCONNECTED = "disconnected"  # nobody asked yet, or between two attempts
+    CONNECTING = "connecting"
+    READY = "ready"
+    BLOCKED = "blocked"  # by an alarm of the broker: it reads nothing more from us
+    DRAINING = "draining"  # closing, until the broker agreed or the grace is over
+    CLOSED = "closed"
+
+
+class Event(enum.Enum):
+    """What happens to a connection."""
+
+    ATTEMPT = enum.auto()
+    OPENED = enum.auto()
+    LOST = enum.auto()  # or the attempt failed
+    BLOCKED = enum.auto()
+    UNBLOCKED = enum.auto()
+    CLOSE = enum.auto()  # by us
+
+
+#: Every event that may happen in a state, and where it leads. A pair that is not here
+#: is a mistake of this module, except that nothing follows CLOSED.
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    State.DISCONNECTED: {
+        Event.ATTEMPT: State.CONNECTING,
+        Event.CLOSE: State.CLOSED,
+    },
+    State.CONNECTING: {
+        Event.OPENED: State.READY,
+        Event.LOST: State.DISCONNECTED,
+        Event.CLOSE: State.DRAINING,
+    },
+    State.READY: {
+        Event.BLOCKED: State.BLOCKED,
+        Event.UNBLOCKED: State.READY,
+        Event.LOST: State.DISCONNECTED,
+        Event.CLOSE: State.DRAINING,
+    },
+    State.BLOCKED: {
+        Event.BLOCKED: State.BLOCKED,
+        Event.UNBLOCKED: State.READY,
+        Event.LOST: State.DISCONNECTED,
+        Event.CLOSE: State.DRAINING,
+    },
+    State.DRAINING: {
+        Event.OPENED: State.DRAINING,
+        Event.BLOCKED: State.DRAINING,
+        Event.UNBLOCKED: State.DRAINING,
+        Event.LOST: State.CLOSED,
+        Event.CLOSE: State.DRAINING,
+    },
+    State.CLOSED: {},
+}
+
+
+class Tenant(Protocol):
+    """Who lives on a connection. All methods are called by the leader."""
+
+    def connected(self, amqp: pika.SelectConnection) -> None:
+        """There is a new connection: open a channel on it."""
+
+    def disconnected(self, error: TransportError) -> None:
+        """It is gone, and with it every channel."""
+
+    def refused(self, error: ConnectionFailedError) -> None:
+        """The first attempt was turned down for good: a wrong password, no such vhost."""
+
+    def blocked(self, blocked: bool) -> None:
+        """An alarm of the broker began or ended."""
+
+
+class _Question:
+    """A script that somebody wants run on a channel of its own, until it has an answer."""
+
+    __slots__ = ("done", "expires", "script")
+
+    def __init__(
+        self, script: Callable[[Channel], Script[Any]], done: Done, expires: float | None
+    ) -> None:
+        self.script = script
+        self.done = done
+        self.expires = expires
+
+
+def backoff(failures: int, chance: float) -> float:
+    """Return the seconds to wait after a number of failed rounds.
+
+    Args:
+        failures: Rounds over all hosts that failed in a row, 1 or more.
+        chance: From 0 to 1. Full jitter: a hundred components that lost the same broker
+            come back spread over the whole pause.
+    """
+    return chance * min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(failures - 1, 16))
+
+
+class Connection:
+    """A connection to one broker or cluster, kept up for as long as somebody uses it.
+
+    Made by `acquire()`, which shares it. ``purpose`` is "publish" or "consume": an alarm
+    of the broker stops a connection that publishes, and must not stop acknowledgements.
+    """
+
+    def __init__(self, hub: hubs.Hub, settings: Settings, purpose: str) -> None:
+        self.hub = hub
+        self.settings = settings
+        self.purpose = purpose
+        self.state = State.DISCONNECTED
+        #: Why there is no connection, if there was trouble.
+        self.last_error: TransportError | None = None
+        #: How often a connection was lost.
+        self.losses = 0
+        self.amqp: pika.SelectConnection | None = None
+        self.users = 0
+        self._tenants: list[Tenant] = []
+        self._questions: collections.deque[_Question] = collections.deque()
+        self._exchanges: set[ExchangeSpec] = set()
+        self._hosts: list[tuple[str, int]] = []
+        self._rounds = 0
+        self._was_ready = False
+        self._ready_since = 0.0
+        self._timer: object | None = None
+        self._clean: Future[bool] = Future(hub.wait)
+        hub.on_broken.append(self._abandon)
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.settings} to {self.purpose} [{self.state.value}]>"
+
+    # ------------------------------------------------------------------- any thread
+
+    def ask(self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str) -> Any:
+        """Run a script on a channel of its own, and return its result.
+
+        A lost connection in the middle of it runs it again on the next one, so a script
+        must be repeatable, as declarations are.
+
+        Args:
+            script: Takes the channel.
+            timeout: Seconds for all of it, the time without a connection included. None
+                for as long as it takes.
+            what: What is attempted, for the error.
+
+        Raises:
+            ConnectionFailedError: There was no answer in time, or the broker turned the
+                login down.
+            ChannelClosedError: The broker refused.
+        """
+        answer: Future[Any] = Future(self.hub.wait)
+        expires = None if timeout is None else time.monotonic() + timeout
+
+        def done(result: Any, error: TransportError | None) -> None:
+            if error is None:
+                answer.set(result)
+            else:
+                answer.fail(error)
+
+        question = _Question(script, done, expires)
+        if not self.hub.wait(answer.ready, timeout, first=lambda: self._put(question)):
+            raise ConnectionFailedError(
+                f"{what}: {self.settings} did not answer within {timeout:g} s{self.trouble()}"
+            )
+        return answer.result()
+
+    def trouble(self) -> str:
+        """Return what is known to be wrong, as the end of a sentence."""
+        if self.state is State.BLOCKED:
+            return "; an alarm of the broker blocks publishers"
+        return f"; {self.last_error}" if self.last_error is not None else ""
+
+    def close(self, grace: float = CLOSE_GRACE) -> bool:
+        """End the connection, for all tenants.
+
+        Args:
+            grace: Seconds that the broker has to agree; then the socket is dropped.
+
+        Returns:
+            Whether the broker agreed, so that all that was written before was taken.
+        """
+        clean = Future[bool](self.hub.wait)
+
+        def closing() -> None:
+            self._close(grace, clean)
+
+        if not self.hub.wait(clean.ready, grace + 2 * CLOSE_GRACE, first=closing):
+            return False
+        with contextlib.suppress(ValueError):
+            self.hub.on_broken.remove(self._abandon)
+        return clean.result()
+
+    # -------------------------------------------------------------- from the leader
+
+    def join(self, tenant: Tenant) -> None:
+        """Add a tenant and connect if there is no connection yet."""
+        self._tenants.append(tenant)
+        if self.amqp is not None and self.is_open:
+            tenant.connected(self.amqp)
+        self._connect_soon()
+
+    def leave(self, tenant: Tenant) -> None:
+        """Remove a tenant."""
+        with contextlib.suppress(ValueError):
+            self._tenants.remove(tenant)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether channels can be opened."""
+        return self.state in (State.READY, State.BLOCKED)
+
+    def probe(
+        self, script: Callable[[Channel], Script[Any]], done: Done, timeout: float | None = None
+    ) -> None:
+        """Run a script on a channel of its own; the loop-side form of `ask()`."""
+        expires = None if timeout is None else time.monotonic() + timeout
+        self._put(_Question(script, done, expires))
+
+    def knows(self, exchange: ExchangeSpec) -> bool:
+        """Tell whether an exchange was declared on this connection, or need not be.
+
+        A publish to an exchange that does not exist closes the channel, and takes
+        everything that was written behind it along.
+        """
+        return exchange in self._exchanges or exchange.is_default
+
+    def declare(self, exchange: ExchangeSpec, done: Done, timeout: float | None) -> None:
+        """Declare an exchange, after which `knows()` it."""
+
+        def declared(_result: Any, error: TransportError | None) -> None:
+            if isinstance(error, ExchangeMismatchError) and adopt_on_mismatch():
+                logger.warning("%s; used as it is", error)
+                error = None
+            if error is None:
+                self._exchanges.add(exchange)
+            done(None, error)
+
+        self.probe(lambda channel: declare_exchange(channel, exchange), declared, timeout)
+
+    def forget_exchanges(self) -> None:
+        """Declare each exchange again before its next use."""
+        self._exchanges.clear()
+
+    def abort(self, error: Exception) -> None:
+        """Drop the socket without a word, as if the network had done it.
+
+        pika has no public way to do that. This is the one private call of pika that
+        postage makes; a test fails if pika changes it.
+        """
+        amqp = self.amqp
+        if amqp is not None and not amqp.is_closed:
+            amqp._terminate_stream(error)
+
+    # ---------------------------------------------------------------------- inside
+
+    def _move(self, event: Event) -> None:
+        after = TRANSITIONS[self.state].get(event)
+        if after is None:
+            raise AssertionError(f"{event} cannot happen to {self!r}")
+        if after is not self.state:
+            logger.debug("%r: %s", self, event.name)
+            self.state = after
+
+    def _connect_soon(self) -> None:
+        if self.state is State.DISCONNECTED and self._timer is None:
+            self._timer = self.hub.call_later(0, self._attempt)
+
+    def _attempt(self) -> None:
+        self._timer = None
+        if self.state is not State.DISCONNECTED:
+            return
+        if not self._hosts:  # a new round, in a new order: failover spreads the load
+            self._hosts = random.sample(self.settings.hosts, len(self.settings.hosts))
+        host, port = self._hosts.pop()
+        self._move(Event.ATTEMPT)
+        try:
+            self.amqp = pika.SelectConnection(
+                _parameters(self.settings, host, port, self.purpose),
+                on_open_callback=self.hub.shielded(self._opened),
+                on_open_error_callback=self.hub.shielded(self._lost),
+                on_close_callback=self.hub.shielded(self._lost),
+                custom_ioloop=self.hub.loop,
+            )
+        except Exception as error:  # a TLS context that cannot be made, for instance
+            self.amqp = None
+            self._lost(None, error)
+            return
+        self.amqp.add_on_connection_blocked_callback(self.hub.shielded(self._blocked))
+        self.amqp.add_on_connection_unblocked_callback(self.hub.shielded(self._unblocked))
+
+    def _opened(self, amqp: pika.SelectConnection) -> None:
+        if amqp is not self.amqp:
+            return
+        self._move(Event.OPENED)
+        if self.state is State.DRAINING:
+            return
+        reason = _too_old(amqp.server_properties)
+        if reason is not None:
+            self._refuse(ConnectionFailedError(f"{self.settings}: {reason}"))
+            amqp.close()
+            return
+        if self.last_error is not None:
+            logger.info("connected to %s again", self.settings)
+        self.last_error = None
+        self._was_ready = True
+        self._ready_since = time.monotonic()
+        for tenant in tuple(self._tenants):
+            tenant.connected(amqp)
+        for _ in range(len(self._questions)):
+            self._put(self._questions.popleft())
+
+    def _lost(self, amqp: pika.SelectConnection | None, error: BaseException) -> None:
+        """Hear that an attempt failed, that the connection is gone, or that it is closed."""
+        if amqp is not self.amqp or self.state is State.CLOSED:
+            return  # of an older connection
+        opened = self.is_open
+        self._move(Event.LOST)
+        self.amqp = None
+        self._exchanges.clear()
+        if self.state is State.CLOSED:
+            self._finish_close(isinstance(error, pika_errors.ConnectionClosedByClient))
+            return
+        if opened:
+            self.losses += 1
+            self._hosts = []
+            if time.monotonic() - self._ready_since > STABLE:
+                self._rounds = 0
+            trouble: TransportError = translated(error)
+        else:
+            trouble = ConnectionFailedError(f"no connection to {self.settings}: {_words(error)}")
+        if self.last_error is None:  # once an outage
+            logger.warning("%s; trying again until it works", trouble)
+        if not isinstance(self.last_error, ConnectionFailedError) or not opened:
+            self.last_error = trouble
+        for tenant in tuple(self._tenants):
+            tenant.disconnected(trouble)
+        if not opened and not self._was_ready and _is_final(error):
+            self._refuse(ConnectionFailedError(str(trouble)))
+        pause = 0.0
+        if not self._hosts:
+            self._rounds += 1
+            pause = backoff(self._rounds, random.random())
+        self._timer = self.hub.call_later(pause, self._attempt)
+
+    def _refuse(self, error: ConnectionFailedError) -> None:
+        """Tell everybody that trying again will not help."""
+        self.last_error = error
+        while self._questions:
+            self._questions.popleft().done(None, error)
+        for tenant in tuple(self._tenants):
+            tenant.refused(error)
+
+    def _blocked(self, amqp: pika.SelectConnection, frame: Any) -> None:
+        if amqp is self.amqp:
+            logger.warning("%s blocks publishers: %s", self.settings, frame.method.reason)
+            self._move(Event.BLOCKED)
+            for tenant in tuple(self._tenants):
+                tenant.blocked(True)
+
+    def _unblocked(self, amqp: pika.SelectConnection, _frame: Any) -> None:
+        if amqp is self.amqp:
+            logger.info("%s takes messages again", self.settings)
+            self._move(Event.UNBLOCKED)
+            for tenant in tuple(self._tenants):
+                tenant.blocked(False)
+
+    def _put(self, question: _Question) -> None:
+        """Run a question now, or keep it until there is a connection."""
+        if self.state in (State.DRAINING, State.CLOSED):
+            question.done(None, ClosedError(f"{self!r} is closed"))
+        elif question.expires is not None and time.monotonic() >= question.expires:
+            error = ConnectionFailedError(f"no answer from {self.settings} in time{self.trouble()}")
+            question.done(None, error)
+        elif self.amqp is None or not self.is_open:
+            self._questions.append(question)
+            self._connect_soon()
+        else:
+            self._run(self.amqp, question)
+
+    def _run(self, amqp: pika.SelectConnection, question: _Question) -> None:
+        answered = False
+
+        def answer(result: Any, error: TransportError | None) -> None:
+            nonlocal answered
+            if answered:
+                return
+            answered = True
+            if isinstance(error, ConnectionLostError) and self.state is not State.CLOSED:
+                self._put(question)  # once more, on the next connection
+                return
+            if channel.is_open:
+                channel.close()
+            question.done(result, error)
+
+        def opened(channel: Channel) -> None:
+            converse(channel, question.script(channel), answer, self.hub.shielded)
+
+        def closed(_channel: Channel, reason: Exception) -> None:
+            answer(None, translated(reason))  # before it was open; else the script hears it first
+
+        channel = amqp.channel(on_open_callback=self.hub.shielded(opened))
+        channel.add_on_close_callback(self.hub.shielded(closed))
+
+    def _abandon(self, error: BaseException) -> None:
+        """Start anew: the loop broke in the middle of something (`Hub.on_broken`)."""
+        self.abort(ConnectionLostError(f"interrupted by {type(error).__name__}"))
+
+    def _close(self, grace: float, clean: Future[bool]) -> None:
+        if self.state is State.CLOSED:
+            clean.set(False)
+            return
+        amqp, attempting = self.amqp, self.state is State.CONNECTING
+        self._clean = clean
+        self._move(Event.CLOSE)  # it wins over the pause between two attempts
+        if self._timer is not None:
+            self.hub.cancel(self._timer)
+            self._timer = None
+        if amqp is None:
+            self._finish_close(True)
+            return
+        if attempting:
+            self.abort(ClosedError("closed while connecting"))
+        elif not (amqp.is_closing or amqp.is_closed):
+            amqp.close()
+        overdue = ConnectionLostError(f"{self.settings} did not agree to close in {grace:g} s")
+        self._timer = self.hub.call_later(grace, lambda: self.abort(overdue))
+
+    def _finish_close(self, clean: bool) -> None:
+        self.state = State.CLOSED
+        if self._timer is not None:
+            self.hub.cancel(self._timer)
+            self._timer = None
+        error = ClosedError(f"{self!r} was closed")
+        while self._questions:
+            self._questions.popleft().done(None, error)
+        for tenant in tuple(self._tenants):
+            tenant.disconnected(error)
+        self._clean.set(clean)
+
+
+def _parameters(settings: Settings, host: str, port: int, purpose: str) -> pika.ConnectionParameters:
+    options = None
+    if settings.tls:
+        options = pika.SSLOptions(ssl.create_default_context(), server_hostname=host)
+    return pika.ConnectionParameters(
+        host=host,
+        port=port,
+        virtual_host=settings.vhost,
+        credentials=pika.PlainCredentials(settings.user, settings.password),
+        heartbeat=settings.heartbeat,
+        socket_timeout=settings.connect_timeout,
+        stack_timeout=settings.connect_timeout,
+        connection_attempts=1,  # the rounds over hosts are ours
+        ssl_options=options,
+        client_properties={"connection_name": f"postage {purpose} pid {os.getpid()}"},
+    )
+
+
+def _too_old(properties: Any) -> str | None:
+    """Return why a broker is too old, or None. Only RabbitMQ's versions are known."""
+    known = dict(properties or {})
+
+    def text(key: str) -> str:
+        value = known.get(key, "")
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+    if text("product") != "RabbitMQ":
+        return None
+    numbers = tuple(int(part) for part in text("version").split(".")[:2] if part.isdigit())
+    if len(numbers) < 2 or numbers >= OLDEST_RABBITMQ:
+        return None
+    return (
+        f"RabbitMQ {text('version')} is too old: postage needs 3.10 or later for the queues "
+        "that it declares"
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    """Dig the reason out of the layers that pika wraps around a failed attempt."""
+    while True:
+        inner: Any = None
+        if isinstance(error, connection_workflow.AMQPConnectionWorkflowFailed):
+            inner = error.exceptions[-1] if error.exceptions else None
+        elif isinstance(error, connection_workflow.AMQPConnectorPhaseErrorBase):
+            inner = error.exception
+        elif isinstance(error, pika_errors.AMQPConnectionError) and error.args:
+            inner = error.args[0]
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def _words(error: BaseException) -> str:
+    """Say for people why an attempt failed."""
+    root = _root(error)
+    if isinstance(root, pika_errors.ConnectionClosedByBroker):
+        return f"the broker answered {root.reply_code} {root.reply_text}"
+    if isinstance(root, pika_errors.ProbableAuthenticationError):
+        return "the broker refused the login; check user and password"
+    if isinstance(root, pika_errors.ProbableAccessDeniedError):
+        return "the broker refused the virtual host; check its name and the user's permissions"
+    if isinstance(root, connection_workflow.AMQPConnectorStackTimeout):
+        return "it did not answer in time"
+    return str(root) or type(root).__name__
+
+
+def _is_final(error: BaseException) -> bool:
+    """Tell whether a failed attempt would fail again: the broker is there and says no."""
+    root = _root(error)
+    if isinstance(root, pika_errors.ConnectionClosedByBroker):
+        return root.reply_code in (403, 530)  # ACCESS_REFUSED, NOT_ALLOWED (no such vhost)
+    return isinstance(
+        root,
+        (pika_errors.ProbableAuthenticationError, pika_errors.ProbableAccessDeniedError),
+    )
+
+
+# ---------------------------------------------------------------- shared and counted
+
+_registry_lock = threading.RLock()
+_registry: dict[tuple[Settings, str], Connection] = {}
+
+
+def acquire(settings: Settings, purpose: str) -> Connection:
+    """Return the connection for these settings and this purpose, to be given to `release()`.
+
+    It is not connected yet: the first tenant or question connects it.
+    """
+    key = (settings, purpose)
+    with _registry_lock:
+        connection = _registry.get(key)
+        if connection is None:
+            connection = _registry[key] = Connection(hubs.acquire(), settings, purpose)
+        connection.users += 1
+        return connection
+
+
+def release(connection: Connection, grace: float = CLOSE_GRACE) -> bool:
+    """Give a connection back. The last user closes it, and with it perhaps the hub.
+
+    Returns:
+        Whether it goes on for others, or was closed with the broker's consent.
+    """
+    key = (connection.settings, connection.purpose)
+    with _registry_lock:
+        if _registry.get(key) is not connection:
+            return False  # of a parent process
+        connection.users -= 1
+        if connection.users > 0:
+            return True
+        del _registry[key]
+    clean = connection.close(grace)
+    hubs.release(connection.hub)
+    return clean
+
+
+def close_all(grace: float = CLOSE_GRACE) -> bool:
+    """Close every connection of this process, whoever uses it.
+
+    Returns:
+        Whether the broker agreed to each of them.
+    """
+    with _registry_lock:
+        connections = list(_registry.values())
+        _registry.clear()
+    clean = True
+    for connection in connections:
+        clean = connection.close(grace) and clean
+        hubs.release(connection.hub)
+    return clean
+
+
+def check_fork(connection: Connection, what: str) -> None:
+    """Refuse to use a connection that belongs to the parent process.
+
+    Raises:
+        ForkedError: It does.
+    """
+    if connection.hub.pid != os.getpid():
+        raise ForkedError(
+            f"{what} was made in process {connection.hub.pid} and is used in its child "
+            f"{os.getpid()}: make it after the fork"
+        )
+
+
+def _forget_after_fork() -> None:
+    global _registry_lock
+    _registry_lock = threading.RLock()
+    _registry.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+# A script that ends without close() says goodbye to the broker all the same.
+atexit.register(close_all, 2.0)

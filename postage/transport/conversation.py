@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Conversations: generators that talk to the broker over one channel, step by step.
+
+AMQP's declarations are questions with answers, pika's callbacks scatter them. A script
+puts them in order again: it yields one request at a time and is resumed with the answer,
+or with an error if the broker closes the channel over it::
+
+    def script(channel):
+        reply = yield partial(channel.queue_declare, queue="orders", passive=True)
+        return reply.method.consumer_count
+
+Everything here runs in the loop. pika's exceptions become ours here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+from pika import exceptions as pika_errors
+from pika.channel import Channel
+
+from postage.errors import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    RESOURCE_LOCKED,
+    ChannelClosedError,
+    ClosedError,
+    ConnectionLostError,
+    ExchangeMismatchError,
+    QueueMismatchError,
+    TransportError,
+)
+from postage.topology import Binding, ExchangeSpec, QueueSpec
+
+T = TypeVar("T")
+
+#: A request of a script: a pika method that takes a `callback` for the answer.
+Request = Callable[..., Any]
+Script = Generator[Request, Any, T]
+#: Takes the script's result and None, or None and the error.
+Done = Callable[[Any, "TransportError | None"], None]
+
+
+def translated(error: BaseException | None) -> TransportError:
+    """Return the postage error that says what an error of pika says."""
+    if isinstance(error, TransportError):
+        return error
+    if isinstance(error, pika_errors.ChannelClosedByBroker):
+        return ChannelClosedError(error.reply_code, error.reply_text)
+    if isinstance(error, pika_errors.ConnectionClosedByBroker):
+        return ConnectionLostError(
+            f"the broker closed the connection: {error.reply_code} {error.reply_text}"
+        )
+    if isinstance(error, (pika_errors.ChannelClosedByClient, pika_errors.ConnectionClosedByClient)):
+        return ClosedError("closed by this program")
+    return ConnectionLostError(f"the connection was lost: {error!r}")
+
+
+class _Conversation:
+    def __init__(self, channel: Channel, script: Script[Any], done: Done, shielded: Any) -> None:
+        self._script = script
+        self._done: Done | None = done
+        self._shielded = shielded
+        channel.add_on_close_callback(shielded(self._hear_close))
+        self._advance(partial(next, script))
+
+    def _hear(self, answer: Any = None) -> None:
+        if self._done is not None:
+            self._advance(partial(self._script.send, answer))
+
+    def _hear_close(self, _channel: Channel, reason: Exception) -> None:
+        if self._done is not None:
+            self._advance(partial(self._script.throw, translated(reason)))
+
+    def _advance(self, step: Callable[[], Request]) -> None:
+        while True:
+            try:
+                request = step()
+            except StopIteration as end:
+                self._finish(end.value, None)
+                return
+            except TransportError as error:
+                return self._finish(None, error)
+            except Exception as error:
+                return self._finish(None, translated(error))
+            try:
+                request(callback=self._shielded(self._hear))
+                return None
+            except pika_errors.AMQPError as error:  # such as: the channel is closed already
+                step = partial(self._script.throw, translated(error))
+
+    def _finish(self, result: Any, error: TransportError | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(result, error)
+
+
+def converse(channel: Channel, script: Script[Any], done: Done, shielded: Any) -> None:
+    """Run a script on an open channel and report its result or its error.
+
+    Args:
+        channel: Where the script's requests go; it stays open.
+        script: The generator, not yet started.
+        done: Called once.
+        shielded: Wraps the callbacks that pika is given (`Hub.shielded`).
+    """
+    _Conversation(channel, script, done, shielded)
+
+
+# ------------------------------------------------------------------ what scripts share
+
+
+@contextlib.contextmanager
+def attempting(attempt: str, advice: str = "") -> Iterator[None]:
+    """Say in a refusal of the broker what was attempted and what to do about it."""
+    try:
+        yield
+    except ChannelClosedError as error:
+        if error.attempt:
+            raise
+        raise type(error)(error.code, error.text, attempt, advice) from None
+
+
+def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
+    """Declare an exchange.
+
+    Raises:
+        ExchangeMismatchError: It exists with another type or other arguments.
+        ChannelClosedError: The broker refuses it otherwise.
+    """
+    if spec.is_default:
+        return  # it exists, and must not be declared (403)
+    attempt = f"declare exchange {spec.name!r} ({_asked_for(spec)})"
+    try:
+        with attempting(attempt):
+            yield partial(
+                channel.exchange_declare,
+                exchange=spec.name,
+                exchange_type=spec.type,
+                passive=spec.passive,
+                durable=spec.durable,
+                auto_delete=spec.auto_delete,
+                internal=spec.internal,
+                arguments=dict(spec.arguments),
+            )
+    except ChannelClosedError as error:
+        if error.code != PRECONDITION_FAILED:
+            raise
+        raise ExchangeMismatchError(
+            error.code,
+            error.text,
+            attempt,
+            "Declare it as it is, delete it, or set POSTAGE_ON_MISMATCH=adopt to use it as it is",
+        ) from None
+
+
+def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
+    """Declare a queue, and first the one that its dead letters go to.
+
+    Returns:
+        Its name, which is the broker's choice if it has none.
+
+    Raises:
+        QueueMismatchError: It exists with other arguments.
+        ChannelClosedError: The broker refuses it otherwise.
+    """
+    attempt = f"declare queue {spec.name!r} ({_asked_for(spec)})"
+    advice = {
+        RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
+        ACCESS_REFUSED: "The user may not declare it: check its permissions",
+        NOT_FOUND: "It was to be checked only (passive) and does not exist",
+        PRECONDITION_FAILED: (
+            "Delete or rename the queue, ask for what it has (such as POSTAGE_QUEUE_TYPE=classic), "
+            "or set POSTAGE_ON_MISMATCH=adopt to use it as it is"
+        ),
+    }
+    try:
+        answer = yield partial(
+            channel.queue_declare,
+            queue=spec.name,
+            passive=spec.passive,
+            durable=spec.durable,
+            exclusive=spec.exclusive,
+            auto_delete=spec.auto_delete,
+            arguments=dict(spec.arguments),
+        )
+    except ChannelClosedError as error:
+        refusal = QueueMismatchError if error.code == PRECONDITION_FAILED else ChannelClosedError
+        raise refusal(error.code, error.text, attempt, advice.get(error.code, "")) from None
+    return str(answer.method.queue)
+
+
+def bind_queue(channel: Channel, binding: Binding, queue: str) -> Script[None]:
+    """Bind a queue, of the given real name, to an exchange."""
+    if binding.exchange.is_default:
+        return  # every queue is bound to it by its name, and it refuses other bindings (403)
+    with attempting(f"bind queue {queue!r} to {binding.exchange.name!r} with key {binding.key!r}"):
+        yield partial(
+            channel.queue_bind, queue=queue, exchange=binding.exchange.name, routing_key=binding.key
+        )
+
+
+def unbind_queue(channel: Channel, binding: Binding, queue: str) -> Script[None]:
+    """Take a binding back. One that is not there is fine (RabbitMQ answers as if it was)."""
+    if binding.exchange.is_default:
+        return
+    with attempting(
+        f"unbind queue {queue!r} from {binding.exchange.name!r} with key {binding.key!r}"
+    ):
+        yield partial(
+            channel.queue_unbind,
+            queue=queue,
+            exchange=binding.exchange.name,
+            routing_key=binding.key,
+        )
+
+
+def _asked_for(spec: ExchangeSpec | QueueSpec) -> str:
+    flags = [name for name in ("passive", "durable", "exclusive", "auto_delete", "internal")
+             if getattr(spec, name, False)]
+    if isinstance(spec, ExchangeSpec):
+        flags.insert(0, spec.type)
+    return ", ".join([*flags, *(f"{key}={value!r}" for key, value in spec.arguments.items())])

@@ -1,0 +1,579 @@
+# SPDX-License-Identifier: MIT
+"""The hub: who runs the I/O loop, and when.
+
+pika is not thread-safe and does nothing unless somebody polls it. A thread of
+its own for that costs two thread switches a call; polling in the calling thread
+only starves the heartbeats while a handler computes. So the threads of a process
+share one loop as *leader* and *followers*:
+
+* Exactly one thread at a time is the leader. It alone may touch pika, the loop,
+  and the loop-side methods of the other modules in this folder.
+* A thread that waits for something becomes the leader if the chair is empty, and
+  polls until what it waits for is there. Else it sleeps until the leader, who
+  looks at the followers' conditions after every poll, wakes it.
+* A thread that only wants something done appends it to one queue. The leader
+  empties that queue before and after every poll; if there is no leader, the
+  thread takes the chair for one round.
+* The *guard*, a daemon thread, takes the chair when it was empty for 100 ms, and
+  leaves it as soon as somebody waits. So heartbeats, confirms and deliveries go
+  on while a handler computes or a script sleeps.
+
+What wakes whom: a byte in the wake-up socket ends the leader's poll (written by
+``call()``, by a follower that finds the guard in the chair, and by the
+interpreter when a signal arrives); a released gate ends a follower's sleep.
+
+The rules that keep this sound, each named again where it is kept:
+
+ 1. one queue: who leads does not change the order of calls;
+ 2. a leader leaves after it emptied the queue, pushed the bytes out and saw,
+    under the lock, that the queue is still empty;
+ 3. one heir is woken, and an heir that does not need the chair passes it on;
+ 4. a follower looks again after it registered, so no wake-up is missed;
+ 5. callbacks record facts; nothing in them waits (`HubReentered`);
+ 6. nothing that a callback raises may leave the poll;
+ 7. signal handlers set flags, and a signal ends the poll;
+ 8. a fork finds the loop at rest, and the child never touches the parent's;
+ 9. the guard leads whenever nobody else does.
+
+Log handlers, finalisers and signal handlers may run between any two lines of the
+thread that they interrupt. They may use ``call()``: it takes no lock that the
+interrupted thread could hold (the one lock is re-entrant, gates are raw locks).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pika.adapters.select_connection import IOLoop
+
+from postage.errors import ClosedError, HubReentered
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that the chair may stay empty before the guard takes it. Well under the
+#: shortest useful heartbeat, well over the pause between two calls of a busy thread.
+VACANCY = 0.1
+
+#: Seconds that a fork waits for the leader to step aside. The leader only has to
+#: finish one round, so more than a moment means that it is stuck in a callback.
+FORK_PATIENCE = 10.0
+
+#: Rounds of pushing that a leader does for others before it leaves. Under load every
+#: push brings new events, and the thread has its own work to return to.
+PUSHES = 3
+
+
+class _Loop(IOLoop):  # type: ignore[misc]
+    """pika's loop, which also knows the descriptors that it watches."""
+
+    def __init__(self) -> None:
+        self.watched: set[int] = set()
+        super().__init__()
+
+    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
+        self.watched.add(fd)
+        super().add_handler(fd, handler, events)
+
+    def remove_handler(self, fd: int) -> None:
+        self.watched.discard(fd)
+        super().remove_handler(fd)
+
+
+class _Gate:
+    """A door that is shut until somebody opens it, once.
+
+    A raw lock and not a Semaphore or an Event: those take a lock of their own, and
+    a finaliser that runs inside it and opens the same gate would wait for itself.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is open already
+            self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+
+
+class _Waiter:
+    """A thread that waits for a condition."""
+
+    __slots__ = ("gate", "ready")
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        self.ready = ready
+        self.gate = _Gate()
+
+    def look(self) -> bool:
+        """Tell whether to wake it. A condition that raises shall do so in its own thread."""
+        try:
+            return self.ready()
+        except Exception:
+            return True
+
+
+class Hub:
+    """One I/O loop, run by whichever thread needs it.
+
+    Args:
+        vacancy: Seconds without a leader after which the guard leads.
+    """
+
+    def __init__(self, vacancy: float = VACANCY) -> None:
+        self.pid = os.getpid()
+        self.loop = _Loop()
+        self.loop.activate_poller()
+        #: Called when the loop broke in the middle of a round: what was being
+        #: parsed or written is in an unknown state, so connections start anew.
+        self.on_broken: list[Callable[[BaseException], None]] = []
+        #: How often the guard took the chair, for tests and the curious.
+        self.guard_led = 0
+        self._lock = threading.RLock()  # guards _leader and _waiters; never held in foreign code
+        self._leader: int | None = None
+        self._waiters: list[_Waiter] = []
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._unpushed = False  # something of ours ran since the last poll and may have written
+        self._freezer: int | None = None  # the thread that forks: all others leave the chair
+        self._closed = False
+        self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+        self._wakeup_reader.setblocking(False)
+        self._wakeup_writer.setblocking(False)
+        self.loop.add_handler(self._wakeup_reader.fileno(), self._drain_wakeups, self.loop.READ)
+        self._vacancy = vacancy
+        self._start_guard()
+
+    def __repr__(self) -> str:
+        leader = {None: "no leader", self._guard.ident: "led by the guard"}.get(
+            self._leader, f"led by thread {self._leader}"
+        )
+        state = "closed" if self._closed else leader
+        return f"<Hub [{state}, {len(self._waiters)} waiting, {len(self._calls)} calls]>"
+
+    # ------------------------------------------------------------- from any thread
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have a function run by the leader, after all that was given before it.
+
+        Args:
+            function: Takes nothing; what it raises is logged.
+        """
+        self._calls.append(function)  # rule 1: before the look at the chair, also if we take it
+        me = threading.get_ident()
+        if self._leader == me:
+            return  # inside a callback: the round that runs it empties the queue
+        if self._take(me):
+            self._release(me)
+        else:
+            self.wake()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Like `call()`, but if nobody leads, leave it to the next leader.
+
+        For what the calling thread is about to wait for anyway, or what may wait
+        until the guard comes, such as acknowledgements.
+        """
+        self._calls.append(function)
+        if self._leader not in (None, threading.get_ident()):
+            self.wake()
+
+    def wait(
+        self,
+        ready: Callable[[], bool],
+        timeout: float | None = None,
+        first: Callable[[], None] | None = None,
+    ) -> bool:
+        """Run the loop, or let it be run, until a condition holds.
+
+        Args:
+            ready: The condition. Must be quick: the leader evaluates it after every poll.
+            timeout: Seconds, or None for no limit.
+            first: A function for the leader, as for `call()`, without the round of its own
+                that `call()` would cost.
+
+        Returns:
+            Whether the condition held in time.
+
+        Raises:
+            HubReentered: This thread is inside a callback of the loop.
+            ClosedError: The hub was closed.
+        """
+        me = threading.get_ident()
+        if self._leader == me:  # rule 5
+            raise HubReentered(
+                "a callback of the I/O loop tried to wait for the loop that runs it; "
+                "log handlers and finalisers may send, but not wait"
+            )
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if first is not None:
+            self._calls.append(first)  # rule 1
+        waker_owed = first is not None
+        while waker_owed or not ready():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0 and not waker_owed:
+                return False
+            if self._closed:
+                raise ClosedError("the I/O loop was closed while something waited for it")
+            if self._take(me):
+                waker_owed = False
+                try:
+                    self._lead(ready, deadline)
+                finally:
+                    self._release(me)
+                continue
+            waiter = _Waiter(ready)
+            with self._lock:
+                if self._leader is None and self._freezer is None:
+                    continue  # the chair is empty again: take it
+                self._waiters.append(waiter)
+                guard_leads = self._leader == self._guard.ident
+            try:
+                if waker_owed or guard_leads:
+                    self.wake()  # the leader has a call to run, or is the guard and steps aside
+                    waker_owed = False
+                if not ready():  # rule 4: it may have come true before we were registered
+                    waiter.gate.wait(left)
+            finally:
+                self._forget(waiter)
+        return True
+
+    def wake(self) -> None:
+        """End the leader's poll. Safe everywhere, also in a signal handler."""
+        with contextlib.suppress(OSError):  # full: it is awake already. Closed: nobody polls
+            self._wakeup_writer.send(b"\0")
+
+    def nudge(self) -> None:
+        """Let the leader look at what others wait for, unless it is about to do so anyway."""
+        if self._leader != threading.get_ident():
+            self.wake()
+
+    def close(self) -> None:
+        """Stop the guard and give the loop's descriptors back. For when nobody uses it any more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._freeze()
+        self._guard_bell.open()
+        with self._lock:
+            waiters = tuple(self._waiters)
+        for waiter in waiters:
+            waiter.gate.open()
+        self.loop.remove_handler(self._wakeup_reader.fileno())
+        self.loop.close()
+        self._wakeup_reader.close()
+        self._wakeup_writer.close()
+
+    # ------------------------------------------------- from the leader (inside the loop)
+
+    def call_later(self, delay: float, function: Callable[[], None]) -> object:
+        """Run a function after a delay in seconds. Returns a handle for `cancel()`."""
+        return self.loop.call_later(max(0.0, delay), self.shielded(function))
+
+    def cancel(self, handle: object) -> None:
+        """Forget a timer that `call_later()` made."""
+        self.loop.remove_timeout(handle)
+
+    def shielded(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Wrap a callback for pika, so that what it raises ends in the log.
+
+        Rule 6: an exception in a delivery callback would abort the connection, one in
+        a timer would lose the other timers that are due, heartbeats among them.
+        """
+
+        def shield(*args: Any, **kwds: Any) -> None:
+            self._unpushed = True
+            try:
+                function(*args, **kwds)
+            except Exception:
+                logger.exception("a callback of the I/O loop failed: %r", function)
+
+        return shield
+
+    @property
+    def leading(self) -> bool:
+        """Whether the calling thread is the leader, and so may touch pika."""
+        return self._leader == threading.get_ident()
+
+    # ------------------------------------------------------------------- the chair
+
+    def _take(self, me: int) -> bool:
+        with self._lock:
+            if self._leader is not None or (self._freezer or me) != me or self._closed:
+                return False
+            self._leader = me
+            return True
+
+    def _release(self, me: int) -> None:
+        """Leave the chair: everything called for is done, everything written is sent."""
+        heir: _Waiter | None = None
+        try:
+            while True:
+                for _ in range(PUSHES):
+                    self._run_calls()
+                    if not self._unpushed:
+                        break
+                    self._poll(0.0)  # rule 2: pika only buffers, a poll pushes the bytes out
+                with self._lock:
+                    if not self._calls:
+                        heir = self._leave(me)
+                        break
+                    # rule 2: what was appended meanwhile saw us in the chair
+        except BaseException:
+            with self._lock:
+                heir = self._leave(me)
+            raise
+        finally:
+            if heir is not None:
+                heir.gate.open()  # rule 3: exactly one, not a herd
+            self._guard_bell.open()
+
+    def _leave(self, me: int) -> _Waiter | None:
+        if self._leader != me:
+            return None  # an interrupt struck when we had left already
+        self._leader = None
+        return self._waiters[0] if self._waiters else None
+
+    def _forget(self, waiter: _Waiter) -> None:
+        """Unregister a follower. If it was the heir and goes, the next one is told (rule 3)."""
+        with self._lock:
+            self._waiters.remove(waiter)
+            heir = self._waiters[0] if self._waiters and self._leader is None else None
+        if heir is not None:
+            heir.gate.open()
+
+    def _lead(
+        self, ready: Callable[[], bool], deadline: float | None, idle: Callable[[], bool] | None = None
+    ) -> None:
+        timer = None
+        if deadline is not None:
+            timer = self.loop.call_later(max(0.0, deadline - time.monotonic()), _nothing)
+        try:
+            while True:
+                self._run_calls()
+                if ready() or (idle is not None and idle()) or self._freezer is not None:
+                    return
+                if self._closed or (deadline is not None and time.monotonic() >= deadline):
+                    return
+                self._poll()
+                self._run_calls()
+                for waiter in tuple(self._waiters):
+                    if waiter.look():
+                        waiter.gate.open()
+        finally:
+            if timer is not None:
+                self.loop.remove_timeout(timer)
+
+    def _run_calls(self) -> None:
+        for _ in range(len(self._calls)):  # not those that they append: each round must end
+            function = self._calls.popleft()
+            self._unpushed = True
+            try:
+                function()
+            except Exception:  # rule 6: one caller's error is not another's
+                logger.exception("a call in the I/O loop failed: %r", function)
+
+    def _poll(self, limit: float | None = None) -> None:
+        """Wait for events and dispatch them; 0 means only those that are there."""
+        timer = None if limit is None else self.loop.call_later(limit, _nothing)
+        self._unpushed = False
+        try:
+            self.loop.poll()
+            self.loop.process_timeouts()
+        except Exception as error:  # rule 6: pika itself failed
+            logger.exception("the I/O loop failed; all connections start anew")
+            self._break(error)
+        except BaseException as error:  # KeyboardInterrupt, anywhere between two lines of pika
+            self._break(error)
+            raise
+        finally:
+            if timer is not None:
+                self.loop.remove_timeout(timer)
+
+    def _break(self, error: BaseException) -> None:
+        for callback in tuple(self.on_broken):
+            try:
+                callback(error)
+            except Exception:
+                logger.exception("a connection could not be abandoned: %r", callback)
+
+    def _drain_wakeups(self, _fd: int, _events: int) -> None:
+        with contextlib.suppress(OSError):
+            self._wakeup_reader.recv(4096)
+
+    # -------------------------------------------------------------------- the guard
+
+    def _start_guard(self) -> None:
+        self._guard_stopping = False
+        self._guard_rest = _Gate()  # shut while the guard may rest before it looks
+        self._guard_bell = _Gate()  # rung when the chair becomes empty
+        self._guard_bell.open()
+        self._guard = threading.Thread(target=self._stand_guard, name="postage-guard", daemon=True)
+        self._guard.start()
+
+    def _stop_guard(self) -> None:
+        self._guard_stopping = True
+        self._guard_rest.open()
+        self._guard_bell.open()
+        self.wake()
+        if self._guard.ident != threading.get_ident():
+            self._guard.join()
+
+    def _stand_guard(self) -> None:
+        me = threading.get_ident()
+        while not self._guard_stopping:
+            self._guard_bell.wait()
+            self._guard_rest.wait(self._vacancy)
+            if self._guard_stopping or not self._take(me):
+                continue  # somebody leads; who leaves rings the bell
+            self.guard_led += 1
+            try:
+                # rule 9: also if there are waiters, should all of them have missed the call
+                self._lead(_never, None, idle=lambda: bool(self._waiters) or self._guard_stopping)
+            except BaseException:  # rule 6: the guard survives everything
+                logger.exception("the guard of the I/O loop failed and goes on")
+            finally:
+                self._release(me)
+
+    # ---------------------------------------------------------------- signals and fork
+
+    @contextlib.contextmanager
+    def signals_wake(self) -> Iterator[None]:
+        """Let signals end the leader's poll while the block runs (rule 7).
+
+        Python restarts a poll that a signal interrupted (PEP 475), so a flag that a
+        signal handler sets would be seen only after the next event. Main thread only.
+        """
+        before = signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+
+    def _freeze(self) -> None:
+        """Take the chair and keep everybody else out of it; the guard ends."""
+        me = threading.get_ident()
+        with self._lock:
+            self._freezer = me
+        self._stop_guard()
+        deadline = time.monotonic() + FORK_PATIENCE
+        while self._leader != me:
+            with self._lock:
+                if self._leader is None:
+                    self._leader = me
+                    break
+            self.wake()
+            if time.monotonic() > deadline:
+                logger.error("the I/O loop is stuck in a callback; going on without it")
+                break
+            time.sleep(0.001)
+
+    def _thaw(self) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            self._freezer = None
+        self._start_guard()
+        if self._leader == me:
+            self._release(me)
+        with self._lock:
+            waiters = tuple(self._waiters)
+        for waiter in waiters:  # they may have looked while nobody was allowed to lead
+            waiter.gate.open()
+
+    def _disown(self) -> None:
+        """In a forked child: let go of the parent's sockets without a word to the broker.
+
+        Closing a connection would send AMQP over the parent's socket, and unregistering
+        a descriptor would change the parent's epoll set, which is shared. A descriptor
+        that is replaced by /dev/null does neither, and its number stays taken, so that a
+        socket object that is collected later closes nothing else.
+        """
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (*self.loop.watched, self._wakeup_writer.fileno()):
+            os.dup2(null, descriptor, inheritable=False)
+        os.close(null)
+
+
+def _nothing() -> None:
+    """A timer's callback: it only ends a poll."""
+
+
+def _never() -> bool:
+    return False
+
+
+# ------------------------------------------------------------- one hub for the process
+
+_process_lock = threading.RLock()
+_process_hub: Hub | None = None
+_process_users = 0
+_inherited: list[Hub] = []  # of parent processes: kept, so that no finaliser touches them
+
+
+def acquire() -> Hub:
+    """Return the hub of this process, which the first user starts. Pair with `release()`."""
+    global _process_hub, _process_users
+    with _process_lock:
+        if _process_hub is None:
+            _process_hub = Hub()
+        _process_users += 1
+        return _process_hub
+
+
+def release(hub: Hub) -> None:
+    """Tell that one user of the hub is gone. The last one closes it."""
+    global _process_hub, _process_users
+    with _process_lock:
+        if hub is not _process_hub:
+            return  # it belongs to the process that we were forked from
+        _process_users -= 1
+        if _process_users > 0:
+            return
+        _process_hub = None
+    hub.close()
+
+
+def current() -> Hub | None:
+    """Return the hub of this process if it runs."""
+    return _process_hub
+
+
+def _before_fork() -> None:
+    _process_lock.acquire()
+    if _process_hub is not None:
+        _process_hub._freeze()
+
+
+def _after_fork_in_parent() -> None:
+    if _process_hub is not None:
+        _process_hub._thaw()
+    _process_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _process_hub, _process_users, _process_lock
+    _process_lock = threading.RLock()
+    if _process_hub is not None:
+        _process_hub._disown()
+        _inherited.append(_process_hub)
+    _process_hub, _process_users = None, 0
+
+
+os.register_at_fork(  # rule 8
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

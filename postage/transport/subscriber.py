@@ -1,0 +1,679 @@
+# SPDX-License-Identifier: MIT
+"""Consuming: deliveries in, settlements out.
+
+A `Subscriber` owns the channel of one consumer. It remembers what was declared, bound and
+unbound and which queues are consumed, and puts all of that back on every new connection.
+Deliveries go into its *inbox*, from where the consumer's thread takes them; what that
+thread decides about them goes out *coalesced*.
+
+A delivery belongs to the channel that it came on: settled on a later one, its tag would
+name another message. So each delivery carries the number of its channel, and what was
+decided about a delivery of an older channel is dropped; the broker delivers it again.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pika
+from pika.channel import Channel
+
+from postage.errors import (
+    ACCESS_REFUSED,
+    PRECONDITION_FAILED,
+    RESOURCE_LOCKED,
+    ChannelClosedError,
+    ConnectionFailedError,
+    ConnectionLostError,
+    QueueMismatchError,
+    TransportError,
+)
+from postage.settings import adopt_on_mismatch
+from postage.topology import Binding, QueueSpec, error_queue
+from postage.transport.connection import Connection, backoff
+from postage.transport.conversation import (
+    Script,
+    attempting,
+    bind_queue,
+    converse,
+    declare_exchange,
+    declare_queue,
+    translated,
+    unbind_queue,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a decided ack may wait for others to go with it.
+ACK_DELAY = 0.01
+#: Seconds after which a message that nobody started goes back to its queue. RabbitMQ's
+#: consumer_timeout (30 minutes by default) counts from the delivery, not from the start.
+UNSTARTED_LIMIT = 300.0
+#: Heartbeats for which a queue that another connection still holds is tried again: a
+#: frozen or cut-off holder is given up by the broker after two.
+TAKEOVER_HEARTBEATS = 4
+
+
+class Settlement(enum.Enum):
+    """What the broker is told about a delivery."""
+
+    ACK = "ack"
+    REQUEUE = "requeue"
+    REJECT = "reject"  # dead-lettered if its queue says so, else dropped
+
+
+class Delivery:
+    """One message, as it was delivered.
+
+    Attributes:
+        body: Bytes.
+        properties: pika's BasicProperties.
+        queue: The queue it came from, as it was declared.
+        exchange, routing_key, redelivered, delivery_tag, consumer_tag: AMQP's.
+        received: When it came, on the monotonic clock.
+    """
+
+    __slots__ = (
+        "body",
+        "channel_number",
+        "consumer_tag",
+        "delivery_tag",
+        "exchange",
+        "properties",
+        "queue",
+        "received",
+        "redelivered",
+        "routing_key",
+    )
+
+    def __init__(
+        self, queue: QueueSpec, channel_number: int, method: Any, properties: Any, body: bytes
+    ) -> None:
+        self.queue = queue
+        self.channel_number = channel_number
+        self.delivery_tag: int = method.delivery_tag
+        self.consumer_tag: str = method.consumer_tag
+        self.exchange: str = method.exchange
+        self.routing_key: str = method.routing_key
+        self.redelivered: bool = method.redelivered
+        self.properties: pika.BasicProperties = properties
+        self.body = body
+        self.received = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.delivery_tag} from {self.queue.name!r}>"
+
+
+class _Consumer:
+    """One queue that is consumed, over all the channels that come and go."""
+
+    __slots__ = ("live", "prefetch", "spec", "starting", "tag")
+
+    def __init__(self, spec: QueueSpec, prefetch: int) -> None:
+        self.spec = spec
+        self.prefetch = prefetch
+        self.tag: str | None = None
+        self.live = False  # the broker said consume-ok
+        self.starting = False  # begun with prefetch 1: see _speed_up
+
+
+def coalesced(unsettled: list[int], acked: set[int]) -> list[tuple[int, bool]]:
+    """Return the acks to send: (delivery tag, multiple).
+
+    A `multiple` ack takes every lower tag along, so it may only reach up to below the
+    lowest tag that is not decided yet; the others go singly.
+
+    Args:
+        unsettled: The tags that the broker waits for, in ascending order.
+        acked: Those of them that are decided.
+    """
+    prefix = 0
+    acks: list[tuple[int, bool]] = []
+    remaining = len(acked)
+    for tag in unsettled:
+        if tag not in acked:
+            break
+        prefix, remaining = tag, remaining - 1
+    if prefix:
+        acks.append((prefix, len(acked) - remaining > 1))
+    if remaining:
+        acks.extend((tag, False) for tag in sorted(acked) if tag > prefix)
+    return acks
+
+
+class Subscriber:
+    """The channel of one consumer, with its topology, its inbox and its settlements.
+
+    Args:
+        connection: Whose tenant it becomes when the first queue is consumed.
+        prefetch: Messages that the broker delivers ahead, for each queue.
+    """
+
+    def __init__(self, connection: Connection, prefetch: int) -> None:
+        self.connection = connection
+        self.hub = connection.hub
+        self.prefetch = prefetch
+        self.inbox: collections.deque[Delivery] = collections.deque()
+        #: Called by the leader when the inbox is no longer empty.
+        self.on_delivery: Callable[[], None] = _nothing
+        #: Why consuming is not going on and cannot, or None.
+        self.failure: TransportError | None = None
+        self._ledger: dict[object, Callable[[Channel], Script[None]]] = {}
+        self._names: dict[QueueSpec, str] = {}  # what the broker called the nameless
+        self._adopted: set[QueueSpec] = set()
+        self._consumers: dict[QueueSpec, _Consumer] = {}
+        self._joined = False
+        self._closed = False
+        self._draining = False
+        self._channel: Channel | None = None
+        self._channel_number = 0
+        self._unsettled: dict[int, None] = {}  # delivery tags of this channel, ascending
+        self._acked: set[int] = set()
+        self._decided: collections.deque[tuple[Delivery, Settlement]] = collections.deque()
+        self._collecting = False
+        self._flush_timer: object | None = None
+        self._age_timer: object | None = None
+        self._failures = 0
+        self._lost_at = time.monotonic()
+
+    def __repr__(self) -> str:
+        live = sum(consumer.live for consumer in self._consumers.values())
+        return (
+            f"<Subscriber [{live} of {len(self._consumers)} consumers live, "
+            f"{len(self.inbox)} waiting, {len(self._unsettled)} unsettled]>"
+        )
+
+    # ----------------------------------------------------------- topology, any thread
+
+    def declare_binding(self, binding: Binding, timeout: float | None) -> None:
+        """Declare exchange, queue and binding, now and on every new connection.
+
+        Raises:
+            QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
+            ChannelClosedError: The broker refuses it otherwise.
+            ConnectionFailedError: There was no broker in time.
+        """
+        steps: dict[object, Callable[[Channel], Script[None]]] = {}
+        exchange, queue = binding.exchange, binding.queue
+        if not exchange.is_default:
+            steps["exchange", exchange] = lambda channel: declare_exchange(channel, exchange)
+        steps["queue", queue] = lambda channel: self._declare_queue(channel, queue)
+        steps["binding", binding] = lambda channel: bind_queue(
+            channel, binding, self.name_of(queue)
+        )
+        self._perform(steps, timeout, f"bind queue {queue.name!r} to {exchange.name!r}")
+
+    def take_back_binding(self, binding: Binding, timeout: float | None) -> None:
+        """Unbind, now and on every new connection: a durable queue keeps its bindings.
+
+        Raises:
+            TransportError: As for `declare_binding()`.
+        """
+        step = {
+            ("binding", binding): lambda channel: unbind_queue(
+                channel, binding, self.name_of(binding.queue)
+            )
+        }
+        self._perform(step, timeout, f"unbind queue {binding.queue.name!r}")
+
+    def ask(self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str) -> Any:
+        """Run a script once on a channel of its own (`Connection.ask()`)."""
+        return self.connection.ask(script, timeout, what)
+
+    def name_of(self, queue: QueueSpec) -> str:
+        """Return the real name of a declared queue."""
+        return self._names.get(queue, queue.name)
+
+    def _perform(
+        self,
+        steps: dict[object, Callable[[Channel], Script[None]]],
+        timeout: float | None,
+        what: str,
+    ) -> None:
+        self._ask_adopting(lambda channel: _in_order(channel, steps), timeout, what)
+        for key, step in steps.items():
+            self._ledger.pop(key, None)  # to the end: the latest word on a binding counts
+            self._ledger[key] = step
+
+    def _ask_adopting(
+        self, script: Callable[[Channel], Script[None]], timeout: float | None, what: str
+    ) -> None:
+        while True:
+            try:
+                self.connection.ask(script, timeout, what)
+            except QueueMismatchError as error:
+                if not self._adopts(error):
+                    raise
+            else:
+                return
+
+    def _declare_queue(self, channel: Channel, spec: QueueSpec) -> Script[None]:
+        if spec in self._adopted:
+            return
+        target = spec.dead_letter_queue
+        if target is not None and not spec.passive:
+            yield from self._declare_one(channel, error_queue(target))
+        if spec not in self._adopted:
+            self._names[spec] = yield from self._declare_one(channel, spec)
+
+    def _declare_one(self, channel: Channel, spec: QueueSpec) -> Script[str]:
+        if spec in self._adopted:
+            return spec.name
+        try:
+            return (yield from declare_queue(channel, spec))
+        except QueueMismatchError as error:
+            error.queue = spec  # type: ignore[attr-defined]  # for _adopts()
+            raise
+
+    def _adopts(self, error: QueueMismatchError) -> bool:
+        """Note that a queue is used as it is, if the settings say so."""
+        spec = getattr(error, "queue", None)
+        if spec is None or not adopt_on_mismatch():
+            return False
+        logger.warning("%s; used as it is", error)
+        self._adopted.add(spec)
+        return True
+
+    # ---------------------------------------------------------- consuming, any thread
+
+    def consume(self, queue: QueueSpec) -> None:
+        """Consume a queue from now on, on this connection and on all that follow."""
+        self.hub.call(partial(self._consume, queue))
+
+    def stop(self, queue: QueueSpec | None = None) -> None:
+        """Stop consuming a queue, or all of them. What is in the inbox stays there."""
+        self.hub.call(partial(self._stop, queue))
+
+    def stopped(self) -> bool:
+        """Tell whether no consumer is live any more: nothing comes in after this."""
+        return self._channel is None or not any(each.tag for each in self._consumers.values())
+
+    @property
+    def consuming(self) -> bool:
+        """Whether every queue that is wanted is being consumed, as the broker confirmed."""
+        return bool(self._consumers) and all(each.live for each in self._consumers.values())
+
+    def is_current(self, delivery: Delivery) -> bool:
+        """Tell whether a delivery can still be settled."""
+        return delivery.channel_number == self._channel_number and self._channel is not None
+
+    def settle(self, delivery: Delivery, settlement: Settlement) -> None:
+        """Decide about a delivery. It goes out soon, together with others."""
+        self._decided.append((delivery, settlement))
+        if not self._collecting:  # cleared before the next flush looks at what was decided
+            self._collecting = True
+            self.hub.post(self._collect)
+
+    def flush(self) -> None:
+        """Send what was decided as soon as somebody leads, and not only after ACK_DELAY."""
+        if self._decided:
+            self.hub.post(self._flush)
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Put a delivery that was not handled back into its queue, at once."""
+        self._decided.append((delivery, Settlement.REQUEUE))
+        self.hub.post(self._flush)
+
+    def close(self, grace: float) -> bool:
+        """Send what was decided and close the channel.
+
+        Returns:
+            Whether the broker took all of it: its close-ok comes after the acks that
+            were written before.
+        """
+        agreed: list[bool] = []
+        self.hub.wait(lambda: bool(agreed), grace, first=partial(self._close, agreed))
+        if not agreed:
+            self.hub.call(self._leave)
+        return agreed == [True]
+
+    def resume(self) -> None:
+        """Consume again after `close()`, which the broker did not agree to."""
+        self.hub.call(self._resume)
+
+    # --------------------------------------------------- Tenant of the connection
+
+    def connected(self, amqp: pika.SelectConnection) -> None:
+        """Put the topology back, then open a channel and consume."""
+        if self._ledger:
+            self.connection.probe(
+                lambda channel: _in_order(channel, dict(self._ledger)),
+                partial(self._restored, amqp),
+            )
+        else:
+            self._open(amqp)
+
+    def disconnected(self, error: TransportError) -> None:
+        """Forget what belongs to the old channel. The broker delivers it again."""
+        if self._channel is not None:
+            self._lost_at = time.monotonic()
+        self._channel = None
+        self._channel_number += 1
+        self._unsettled.clear()
+        self._acked.clear()
+        self._decided.clear()
+        self.inbox.clear()
+        for consumer in self._consumers.values():
+            consumer.tag, consumer.live = None, False
+
+    def refused(self, error: ConnectionFailedError) -> None:
+        """Say in the consumer's own thread that there will be no connection."""
+        self._fail(error)
+
+    def blocked(self, blocked: bool) -> None:
+        """An alarm stops publishers only."""
+
+    # -------------------------------------------------------------- inside the loop
+
+    def _restored(
+        self, amqp: pika.SelectConnection, _result: Any, error: TransportError | None
+    ) -> None:
+        if isinstance(error, QueueMismatchError) and self._adopts(error):
+            self.connected(amqp)
+        elif error is None:
+            self._open(amqp)
+        elif not isinstance(error, ConnectionLostError):
+            self._try_again(amqp, error)
+
+    def _open(self, amqp: pika.SelectConnection) -> None:
+        if self._closed or amqp is not self.connection.amqp or not amqp.is_open:
+            return
+        self._channel_number += 1
+        channel = amqp.channel(on_open_callback=self.hub.shielded(self._opened))
+        channel.add_on_close_callback(self.hub.shielded(self._channel_closed))
+        channel.add_on_cancel_callback(self.hub.shielded(self._cancelled))
+        self._channel = channel
+
+    def _opened(self, channel: Channel) -> None:
+        if channel is not self._channel:
+            return
+        # The exclusive ones first: a refusal (403) closes the channel, and then as few
+        # as possible have begun.
+        for consumer in sorted(
+            self._consumers.values(), key=lambda each: not each.spec.exclusive_consumer
+        ):
+            self._start(channel, consumer)
+        if self._age_timer is None:
+            self._age_timer = self.hub.call_later(UNSTARTED_LIMIT / 10, self._give_old_back)
+
+    def _consume(self, queue: QueueSpec) -> None:
+        self._draining = False
+        if self._closed or queue in self._consumers:
+            return
+        consumer = self._consumers[queue] = _Consumer(queue, self.prefetch)
+        if not self._joined:
+            self._joined = True
+            self.connection.join(self)
+        elif self._channel is not None and self._channel.is_open:
+            self._start(self._channel, consumer)
+
+    def _start(self, channel: Channel, consumer: _Consumer) -> None:
+        # Slow start: what makes the process crash shall be counted alone, without the
+        # messages that were only delivered ahead of it. Only where the broker counts.
+        consumer.starting = consumer.spec.counts_deliveries and consumer.prefetch > 1
+        converse(
+            channel,
+            self._consuming(channel, consumer, 1 if consumer.starting else consumer.prefetch),
+            partial(self._started, consumer),
+            self.hub.shielded,
+        )
+
+    def _consuming(self, channel: Channel, consumer: _Consumer, prefetch: int) -> Script[None]:
+        name = self.name_of(consumer.spec)
+        deliver = partial(self._deliver, consumer.spec, self._channel_number)
+
+        def consume(callback: Callable[[Any], None]) -> None:
+            # In one breath: a prefetch is for the consumers that come after it on the
+            # channel, and another queue's must not slip in between.
+            channel.basic_qos(prefetch_count=prefetch)
+            channel.basic_consume(
+                queue=name,
+                on_message_callback=self.hub.shielded(deliver),
+                exclusive=consumer.spec.exclusive_consumer,
+                consumer_tag=consumer.tag,
+                callback=callback,
+            )
+
+        if not self._draining and consumer is self._consumers.get(consumer.spec):
+            consumer.tag = f"postage-{next(_tags)}-{name}"[:250]
+            with attempting(f"consume queue {name!r}"):
+                yield consume
+
+    def _started(self, consumer: _Consumer, _result: Any, error: TransportError | None) -> None:
+        if error is None and consumer.tag is not None:
+            consumer.live = True
+            self._failures = 0
+            self.failure = None
+        # else: the close of the channel, or of the connection, says what to do
+
+    def _deliver(
+        self, queue: QueueSpec, number: int, _channel: Channel, method: Any, properties: Any, body: bytes
+    ) -> None:
+        if number != self._channel_number:
+            return
+        self._unsettled[method.delivery_tag] = None
+        self.inbox.append(Delivery(queue, number, method, properties, body))
+        self.on_delivery()
+
+    def _stop(self, queue: QueueSpec | None) -> None:
+        if queue is None:
+            self._draining = True
+            for consumer in self._consumers.values():
+                self._cancel(consumer)
+        elif queue in self._consumers:
+            self._cancel(self._consumers.pop(queue))
+
+    def _cancel(self, consumer: _Consumer, then: Callable[[], None] = lambda: None) -> None:
+        tag, channel = consumer.tag, self._channel
+        consumer.live = False
+        if tag is None or channel is None or not channel.is_open:
+            return
+
+        def cancelled(_frame: Any) -> None:
+            if consumer.tag == tag:
+                consumer.tag = None
+            then()
+
+        channel.basic_cancel(tag, callback=self.hub.shielded(cancelled))
+
+    def _cancelled(self, frame: Any) -> None:
+        """Hear that the broker cancelled a consumer: its queue was deleted, or moved."""
+        for consumer in self._consumers.values():
+            if consumer.tag == frame.method.consumer_tag and self.connection.amqp is not None:
+                consumer.tag, consumer.live = None, False
+                error = ConnectionLostError(f"the broker cancelled consuming {consumer.spec.name!r}")
+                self._restart(error)
+                return
+
+    def _restart(self, error: TransportError) -> None:
+        channel = self._channel
+        if channel is not None and channel.is_open:
+            channel.close()  # the close callback declares and consumes anew
+        logger.warning("%s; declaring and consuming anew", error)
+
+    def _channel_closed(self, channel: Channel, reason: Exception) -> None:
+        if channel is not self._channel:
+            return
+        error = translated(reason)
+        self.disconnected(error)
+        amqp = self.connection.amqp
+        if self._closed or amqp is None or not self.connection.is_open:
+            return
+        self._try_again(amqp, error)
+
+    def _try_again(self, amqp: pika.SelectConnection, error: TransportError) -> None:
+        """Consume anew after a pause; a refusal that will not pass ends the consumer."""
+        self._failures += 1
+        code = error.code if isinstance(error, ChannelClosedError) else None
+        if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
+            patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
+            if time.monotonic() - self._lost_at > patience:
+                self._fail(
+                    ChannelClosedError(
+                        code,
+                        getattr(error, "text", ""),
+                        f"consume for {patience:g} s",
+                        "Two processes claim this queue, or the user may not read it",
+                    )
+                )
+                return
+        elif isinstance(error, QueueMismatchError) or code == PRECONDITION_FAILED:
+            logger.error("%s", error)
+        else:
+            logger.warning("%s; consuming anew", error)
+
+        def again() -> None:
+            if self.connection.amqp is amqp and amqp.is_open and not self._closed:
+                self.connected(amqp)
+
+        self.hub.call_later(backoff(self._failures, 1.0) / 2, again)
+
+    def _fail(self, error: TransportError) -> None:
+        logger.error("consuming ends: %s", error)
+        self.failure = error
+        self.on_delivery()
+
+    # ------------------------------------------------------------------ settlements
+
+    def _collect(self) -> None:
+        """Take what was decided. It leaves within ACK_DELAY, or with the next flush."""
+        if self._flush_timer is None:
+            self._flush_timer = self.hub.call_later(ACK_DELAY, self._flush)
+
+    def _flush(self) -> None:
+        if self._flush_timer is not None:
+            self.hub.cancel(self._flush_timer)
+            self._flush_timer = None
+        self._collecting = False
+        channel = self._channel
+        others: list[tuple[int, Settlement]] = []
+        speed_up: list[_Consumer] = []
+        while self._decided:
+            delivery, settlement = self._decided.popleft()
+            tag = delivery.delivery_tag
+            if delivery.channel_number != self._channel_number or tag not in self._unsettled:
+                continue  # stale: the broker has given it to somebody else
+            if settlement is Settlement.ACK:
+                self._acked.add(tag)
+            else:
+                others.append((tag, settlement))
+            consumer = self._consumers.get(delivery.queue)
+            if consumer is not None and consumer.starting and settlement is not Settlement.REQUEUE:
+                speed_up.append(consumer)
+        if channel is None or not channel.is_open:
+            return
+        for consumer in speed_up:
+            self._speed_up(channel, consumer)
+        for tag, settlement in others:
+            channel.basic_nack(tag, requeue=settlement is Settlement.REQUEUE)
+            self._unsettled.pop(tag, None)
+        if self._acked:
+            for tag, multiple in coalesced(list(self._unsettled), self._acked):
+                channel.basic_ack(tag, multiple)
+            for tag in self._acked:
+                self._unsettled.pop(tag, None)
+            self._acked.clear()
+
+    def _speed_up(self, channel: Channel, consumer: _Consumer) -> None:
+        """Go from prefetch 1 to the real one: RabbitMQ applies a prefetch to new consumers.
+
+        The cancel is written before the ack of the only message that is out, so nothing
+        is on its way to the old consumer when it goes.
+        """
+        if not consumer.starting or self._draining:
+            return
+        consumer.starting = False
+
+        def consume_anew() -> None:
+            if channel is self._channel and channel.is_open and not self._draining:
+                converse(
+                    channel,
+                    self._consuming(channel, consumer, consumer.prefetch),
+                    partial(self._started, consumer),
+                    self.hub.shielded,
+                )
+
+        self._cancel(consumer, then=consume_anew)
+
+    def _give_old_back(self) -> None:
+        """Requeue what nobody started in time, with a word about why."""
+        self._age_timer = None
+        old = time.monotonic() - UNSTARTED_LIMIT
+        count = 0
+        while self.inbox:
+            try:
+                delivery = self.inbox.popleft()  # the consumer's thread pops here, too
+            except IndexError:
+                break
+            if delivery.received > old:
+                self.inbox.appendleft(delivery)
+                break
+            self._decided.append((delivery, Settlement.REQUEUE))
+            count += 1
+        if count:
+            logger.warning(
+                "%d message(s) waited %g s for a handler and go back to their queue: "
+                "lower `prefetch` (now %d), or handle faster",
+                count,
+                UNSTARTED_LIMIT,
+                self.prefetch,
+            )
+            self._flush()
+        if not self._closed:
+            self._age_timer = self.hub.call_later(UNSTARTED_LIMIT / 10, self._give_old_back)
+
+    # ------------------------------------------------------------------------ the end
+
+    def _close(self, agreed: list[bool]) -> None:
+        if self._closed:
+            agreed.append(False)
+            return
+        self._flush()
+        channel = self._channel
+        if channel is None or not channel.is_open:
+            agreed.append(not self._joined)
+            self._leave()
+            return
+
+        def closed(_channel: Channel, reason: Exception) -> None:
+            agreed.append(not isinstance(translated(reason), ConnectionLostError))
+            self._leave()
+
+        self._closed = True
+        channel.add_on_close_callback(self.hub.shielded(closed))
+        channel.close()
+
+    def _resume(self) -> None:
+        if self._closed:
+            self._closed = self._draining = False
+            self.connection.join(self)
+
+    def _leave(self) -> None:
+        self._closed = True
+        self.connection.leave(self)
+        if self._age_timer is not None:
+            self.hub.cancel(self._age_timer)
+            self._age_timer = None
+        self.disconnected(ConnectionLostError("closed"))
+
+
+#: Numbers for consumer tags, which must be unique on a channel.
+_tags = itertools.count(1)
+
+
+def _nothing() -> None:
+    """What to do on a delivery when nobody said."""
+
+
+def _in_order(
+    channel: Channel, steps: dict[object, Callable[[Channel], Script[None]]]
+) -> Script[None]:
+    for step in steps.values():
+        yield from step(channel)

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: MIT
+"""A private RabbitMQ node for the tests.
+
+The node shares nothing with a RabbitMQ that the machine may run: its ports, its epmd, its cookie,
+its data and its log are its own, under one temporary folder, and it listens on loopback only.
+
+``python tests/rabbitmq_node.py`` runs a node in the foreground until Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import quote
+
+HOST = "127.0.0.1"
+
+#: Seconds until a start or a stop counts as failed: a busy machine needs many times the usual four.
+DEADLINE_SECONDS = 120.0
+
+#: Reads lines of process ids, each of which replaces the line before. When the input ends, because
+#: the node was closed or because the process that holds it died in whatever way, this shell kills
+#: what the last line names and removes the folder.
+GUARD = 'while read -r line; do pids=$line; done; kill -KILL $pids 2>/dev/null; rm -rf "$0"'
+
+#: Erlang: deletes the virtual hosts of one list and makes those of the other, for guest.
+REPLACE_VHOSTS = """
+    [rabbit_vhost:delete(V, <<"tests">>) || V <- [{old}]],
+    [begin
+        ok = rabbit_vhost:add(V, <<"tests">>),
+        ok = rabbit_auth_backend_internal:set_permissions(
+            <<"guest">>, V, <<".*">>, <<".*">>, <<".*">>, <<"tests">>)
+    end || V <- [{new}]].
+"""
+
+
+def find_scripts() -> Path | None:
+    """Return the folder of RabbitMQ's own scripts, None if it is not installed.
+
+    The scripts that a Linux package puts on the PATH are wrappers, which change to the user
+    ``rabbitmq`` and to the folders of the system.
+    """
+    packaged = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin"))
+    if packaged:
+        return packaged[-1]
+    on_path = shutil.which("rabbitmq-server")
+    return Path(on_path).resolve().parent if on_path else None
+
+
+class RabbitNode:
+    """A RabbitMQ node that lives as long as its ``with`` block.
+
+    Args:
+        config: further lines of ``rabbitmq.conf``, such as ``consumer_timeout = 5000``.
+    """
+
+    def __init__(self, *config: str) -> None:
+        scripts = find_scripts()
+        if scripts is None:
+            raise FileNotFoundError("rabbitmq-server is not installed")
+        self._scripts = scripts
+        self.port, distribution_port, epmd_port = _free_ports(3)
+        self.folder = Path(tempfile.mkdtemp(prefix="postage-rabbitmq-"))
+        self._environment = self._write_settings(config, distribution_port, epmd_port)
+        self._node: subprocess.Popen[bytes] | None = None
+        self._guard = subprocess.Popen(
+            ["sh", "-c", GUARD, self.folder], stdin=subprocess.PIPE, start_new_session=True
+        )
+        # In the foreground, so that its process id is known: Erlang would start a daemon.
+        self._epmd = subprocess.Popen(
+            ["epmd", "-address", HOST], env=self._environment, start_new_session=True
+        )
+        self._tell_guard()
+
+    def __repr__(self) -> str:
+        return f"<RabbitNode {HOST}:{self.port} [{'running' if self.is_running else 'stopped'}]>"
+
+    def __enter__(self) -> RabbitNode:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """The URL of the virtual host ``/``."""
+        return self.url_of("/")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the node's process exists, suspended or not."""
+        return self._node is not None and self._node.poll() is None
+
+    @property
+    def pids(self) -> set[int]:
+        """The process ids of the node and of its two helpers."""
+        return {self._guard.pid, self._epmd.pid} | ({self._node.pid} if self._node else set())
+
+    def url_of(self, vhost: str) -> str:
+        """Return the URL of a virtual host."""
+        return f"amqp://guest:guest@{HOST}:{self.port}/{quote(vhost, safe='')}"
+
+    def start(self) -> None:
+        """Start the node, on the data of its last run, and wait until it answers."""
+        assert not self.is_running, f"{self!r} was started already"
+        with open(self._log, "ab") as log:
+            self._node = subprocess.Popen(
+                [self._scripts / "rabbitmq-server", "-noinput"],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._tell_guard()
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not self._is_answering():
+            if not self.is_running or time.monotonic() > deadline:
+                raise RuntimeError(f"RabbitMQ did not start; its log ends so:\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Stop the node in good order; its data stay."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the node, as a power cut would; its data stay."""
+        self._end(signal.SIGKILL)
+
+    def suspend(self) -> None:
+        """Freeze the node: its connections stay open, and nothing answers."""
+        node = self._running_node()
+        node.send_signal(signal.SIGSTOP)
+        # The signal reaches one thread after the other; the kernel tells us when it has the last.
+        os.waitid(os.P_PID, node.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        """Let a suspended node go on."""
+        self._running_node().send_signal(signal.SIGCONT)
+
+    def ensure_running(self) -> None:
+        """Start or resume the node, in case that a test which failed has left it otherwise."""
+        if self.is_running:
+            self.resume()
+        else:
+            self.start()
+
+    def wait(self) -> int:
+        """Wait until the node ends by itself, and return its exit code."""
+        return self._running_node().wait()
+
+    def close(self) -> None:
+        """Kill the node and remove its data."""
+        if self.is_running:
+            self.kill()
+        self._epmd.kill()
+        self._epmd.wait()
+        self._tell_guard()
+        self._guard.communicate()
+
+    def ctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl on the node, and return what it prints. It takes about 0.4 s."""
+        result = subprocess.run(
+            [self._scripts / "rabbitmqctl", "--quiet", *arguments],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+        )
+        if result.returncode != 0:
+            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)} failed:\n{result.stdout}")
+        return result.stdout
+
+    def replace_vhosts(self, old: Iterable[str], new: Iterable[str]) -> None:
+        """Delete virtual hosts and make others, all by one call of rabbitmqctl."""
+        self.ctl("eval", REPLACE_VHOSTS.format(old=_erlang_list(old), new=_erlang_list(new)))
+
+    def add_vhost(self, name: str) -> str:
+        """Make a virtual host in which guest may do everything, and return its URL."""
+        self.replace_vhosts([], [name])
+        return self.url_of(name)
+
+    def delete_vhost(self, name: str) -> None:
+        """Delete a virtual host with all that is in it."""
+        self.replace_vhosts([name], [])
+
+    def log_tail(self, lines: int = 40) -> str:
+        """Return the last lines of the node's log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "node.log"
+
+    def _write_settings(
+        self, config: tuple[str, ...], distribution_port: int, epmd_port: int
+    ) -> dict[str, str]:
+        """Write the files that the node reads, and return the environment that names them."""
+        config = (f"listeners.tcp.1 = {HOST}:{self.port}", "loopback_users = none", *config)
+        (self.folder / "rabbitmq.conf").write_text("\n".join(config) + "\n")
+        (self.folder / "enabled_plugins").write_text("[].\n")
+        (self.folder / "rabbitmq-env.conf").touch()
+        paths = {
+            "HOME": "",  # Erlang makes the cookie here
+            "RABBITMQ_ADVANCED_CONFIG_FILE": "advanced.config",
+            "RABBITMQ_CONFIG_FILE": "rabbitmq.conf",
+            "RABBITMQ_CONF_ENV_FILE": "rabbitmq-env.conf",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": "enabled_plugins",
+            "RABBITMQ_FEATURE_FLAGS_FILE": "feature_flags",
+            "RABBITMQ_LOG_BASE": "",
+            "RABBITMQ_MNESIA_BASE": "mnesia",
+            "RABBITMQ_PID_FILE": "pid",
+        }
+        return {name: str(self.folder / path) for name, path in paths.items()} | {
+            "PATH": os.environ["PATH"],
+            "LC_ALL": "C.UTF-8",
+            "ERL_EPMD_PORT": str(epmd_port),
+            # Makes the start script become the node, instead of waiting for it.
+            "RABBITMQ_ALLOW_INPUT": "true",
+            "RABBITMQ_CTL_ERL_ARGS": "-start_epmd false",
+            "RABBITMQ_DIST_PORT": str(distribution_port),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_NODENAME": "postage-test@localhost",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
+            ),
+        }
+
+    def _tell_guard(self) -> None:
+        alive = [p.pid for p in (self._node, self._epmd) if p and p.poll() is None]
+        assert self._guard.stdin is not None
+        self._guard.stdin.write(" ".join(map(str, alive)).encode() + b"\n")
+        self._guard.stdin.flush()
+
+    def _running_node(self) -> subprocess.Popen[bytes]:
+        assert self._node is not None and self.is_running, f"{self!r} does not run"
+        return self._node
+
+    def _end(self, signal_number: signal.Signals) -> None:
+        node = self._running_node()
+        node.send_signal(signal_number)
+        node.wait(DEADLINE_SECONDS)
+        self._tell_guard()
+
+    def _is_answering(self) -> bool:
+        try:
+            with socket.create_connection((HOST, self.port), timeout=1.0) as connection:
+                connection.sendall(b"AMQP\x00\x00\x09\x01")
+                return connection.recv(1) != b""
+        except OSError:
+            return False
+
+
+def _erlang_list(names: Iterable[str]) -> str:
+    return ", ".join(f'<<"{name}">>' for name in names)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that nobody uses.
+
+    They lie below those that Linux gives to outgoing connections. A client that tries again and
+    again to reach a stopped node could else be given the node's own port, connect to itself, and
+    hold the port.
+    """
+    candidates = random.SystemRandom().sample(range(10_000, 32_000), 1_000)
+    return list(itertools.islice(filter(_is_free, candidates), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def main() -> int:
+    """Run a node until a signal comes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with RabbitNode() as node:
+            print(node.url, flush=True)
+            return node.wait()
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
