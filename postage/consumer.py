@@ -400,5 +400,3 @@ def _warn_of_pid(name: str) -> None:
             name,
             name,
         )
-
-

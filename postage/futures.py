@@ -98,7 +98,10 @@ class Future(Generic[T]):
             if not arrived.done():
                 arrived.set_result(None)
 
-        self.when_ready(lambda: loop.call_soon_threadsafe(arrive))
+        def wake() -> None:
+            loop.call_soon_threadsafe(arrive)
+
+        self.when_ready(wake)
         yield from arrived.__await__()
         return self.result()
 

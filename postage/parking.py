@@ -90,4 +90,6 @@ def _shorten(properties: pika.BasicProperties, headers: dict[str, Any]) -> None:
         text = headers.get(name)
         if text is not None:
             # the end of a traceback says more than its beginning
-            headers[name] = text.encode("utf-8", "replace")[-limit:].decode("utf-8", "replace") if limit else ""
+            headers[name] = (
+                text.encode("utf-8", "replace")[-limit:].decode("utf-8", "replace") if limit else ""
+            )

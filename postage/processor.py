@@ -140,7 +140,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     def __repr__(self) -> str:
         name = self.fingerprint.get("name")
-        return f"<{type(self).__name__} {name} [{len(self._in_flight)} in flight, {self.consumer!r}]>"
+        return (
+            f"<{type(self).__name__} {name} [{len(self._in_flight)} in flight, {self.consumer!r}]>"
+        )
 
     def __enter__(self) -> MessageProcessor:
         return self
@@ -378,7 +380,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     ) -> Handling:
         header = delivery.properties
         if header.reply_to is None:
-            return Verdict(Fate.PARK, "unanswerable", DecodeError("an RPC request without reply_to"))
+            return Verdict(
+                Fate.PARK, "unanswerable", DecodeError("an RPC request without reply_to")
+            )
         if _is_overdue(delivery):
             logger.debug("nobody waits for the answer to %r any more", delivery)
             return ACK
@@ -387,7 +391,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             if not known.done:
                 known.waiting.append(header)
                 return ACK
-            return (yield from self._confirmed([self._reply(delivery, each) for each in known.replies]))
+            return (
+                yield from self._confirmed([self._reply(delivery, each) for each in known.replies])
+            )
         answers: list[Future[None]] = []
 
         def reply_func(message: Any) -> None:
@@ -403,7 +409,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             data = self._data(body, handlers[0], shared=False)
             verdict = yield from self._run_rpc(delivery, handlers[0], data, reply_func)
             if not answers:
-                reply_func(MessageResultError(f"the handler of {_kind(body)} ended without a reply"))
+                reply_func(
+                    MessageResultError(f"the handler of {_kind(body)} ended without a reply")
+                )
         yield from self._confirmed(answers)
         self._answered.finish(header.message_id, settled=True)
         return verdict
@@ -449,7 +457,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             try:
                 data = function(data, *args, **kwds)
             except Exception as error:
-                raise (error if isinstance(error, FilterError) else FilterError(repr(error))) from error
+                raise (
+                    error if isinstance(error, FilterError) else FilterError(repr(error))
+                ) from error
         is_class = isinstance(handler, type)
         call = partial(handler, *((self,) if is_class else ()), data, *arguments[1:])
         if registration.threaded:
@@ -598,7 +608,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     def _answer(self, delivery: Delivery, message: Any) -> Handling:
         """Send one answer, and ack when the broker has it."""
-        return (yield from self._confirmed([self._reply(delivery, self.consumer.reply_body(message))]))
+        return (
+            yield from self._confirmed([self._reply(delivery, self.consumer.reply_body(message))])
+        )
 
     def _confirmed(self, answers: list[Future[None]]) -> Handling:
         """Wait until the broker took the answers: only then is the request done."""
@@ -679,5 +691,3 @@ def _is_overdue(delivery: Delivery) -> bool:
 
 def _nothing() -> None:
     """What to cancel where there is nothing."""
-
-

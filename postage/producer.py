@@ -432,9 +432,7 @@ class GenericProducer:
             queue=exchange.queue_of(key),
         )
 
-    def _rpc_queue(
-        self, publisher: Publisher, message: Message, special: Mapping[str, Any]
-    ) -> str:
+    def _rpc_queue(self, publisher: Publisher, message: Message, special: Mapping[str, Any]) -> str:
         request = self._request(message, special)
         collector = ReplyCollector(publisher)
         queue = collector.open(self.publish_timeout)
@@ -503,7 +501,7 @@ class GenericProducer:
         if "_queue" in special:
             if "_eks" in special or "_key" in special:
                 raise TypeError("give _queue, or _key or _eks, but not both")
-            pairs = [(DefaultExchange, special["_queue"])]
+            pairs: list[tuple[type[Exchange], str]] = [(DefaultExchange, special["_queue"])]
         elif "_eks" in special:
             pairs = _checked(special["_eks"])
         elif "_key" in special:

@@ -230,7 +230,7 @@ class Caller:
 
     def _look(self) -> None:
         """Ask whether anybody consumes the queue: a durable one outlives its service."""
-        queue = self._request.queue
+        queue = self._request.queue or ""
 
         def script(channel: Channel) -> Generator[Any, Any, int]:
             answer = yield partial(channel.queue_declare, queue=queue, passive=True)

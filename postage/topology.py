@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 from postage.errors import ConfigurationError
 from postage.settings import queue_type_from_environment
@@ -327,7 +327,7 @@ def error_queue(name: str) -> QueueSpec:
 
 
 #: How a program may name a queue: by name, as 1.2.1's dict, as a class, or as an instance.
-QueueLike = Union[str, Mapping[str, Any], type[Queue], Queue]
+QueueLike = str | Mapping[str, Any] | type[Queue] | Queue
 
 _FLAGS = ("durable", "exclusive", "auto_delete", "passive")
 

@@ -193,7 +193,9 @@ class Connection:
 
     # ------------------------------------------------------------------- any thread
 
-    def ask(self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str) -> Any:
+    def ask(
+        self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str
+    ) -> Any:
         """Run a script on a channel of its own, and return its result.
 
         A lost connection in the middle of it runs it again on the next one, so a script
@@ -315,13 +317,14 @@ class Connection:
 
     # ---------------------------------------------------------------------- inside
 
-    def _move(self, event: Event) -> None:
+    def _move(self, event: Event) -> State:
         after = TRANSITIONS[self.state].get(event)
         if after is None:
             raise AssertionError(f"{event} cannot happen to {self!r}")
         if after is not self.state:
             logger.debug("%r: %s", self, event.name)
             self.state = after
+        return after
 
     def _connect_soon(self) -> None:
         if self.state is State.DISCONNECTED and self._timer is None:
@@ -353,8 +356,7 @@ class Connection:
     def _opened(self, amqp: pika.SelectConnection) -> None:
         if amqp is not self.amqp:
             return
-        self._move(Event.OPENED)
-        if self.state is State.DRAINING:
+        if self._move(Event.OPENED) is State.DRAINING:
             return
         reason = _too_old(amqp.server_properties)
         if reason is not None:
@@ -376,10 +378,10 @@ class Connection:
         if amqp is not self.amqp or self.state is State.CLOSED:
             return  # of an older connection
         opened = self.is_open
-        self._move(Event.LOST)
+        after = self._move(Event.LOST)
         self.amqp = None
         self._exchanges.clear()
-        if self.state is State.CLOSED:
+        if after is State.CLOSED:
             self._finish_close(isinstance(error, pika_errors.ConnectionClosedByClient))
             return
         if opened:
@@ -500,7 +502,9 @@ class Connection:
         self._clean.set(clean)
 
 
-def _parameters(settings: Settings, host: str, port: int, purpose: str) -> pika.ConnectionParameters:
+def _parameters(
+    settings: Settings, host: str, port: int, purpose: str
+) -> pika.ConnectionParameters:
     options = None
     if settings.tls:
         options = pika.SSLOptions(ssl.create_default_context(), server_hostname=host)

@@ -220,8 +220,11 @@ def unbind_queue(channel: Channel, binding: Binding, queue: str) -> Script[None]
 
 
 def _asked_for(spec: ExchangeSpec | QueueSpec) -> str:
-    flags = [name for name in ("passive", "durable", "exclusive", "auto_delete", "internal")
-             if getattr(spec, name, False)]
+    flags = [
+        name
+        for name in ("passive", "durable", "exclusive", "auto_delete", "internal")
+        if getattr(spec, name, False)
+    ]
     if isinstance(spec, ExchangeSpec):
         flags.insert(0, spec.type)
     return ", ".join([*flags, *(f"{key}={value!r}" for key, value in spec.arguments.items())])

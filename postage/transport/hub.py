@@ -72,7 +72,7 @@ FORK_PATIENCE = 10.0
 PUSHES = 3
 
 
-class _Loop(IOLoop):  # type: ignore[misc]
+class _Loop(IOLoop):
     """pika's loop, which also knows the descriptors that it watches."""
 
     def __init__(self) -> None:
@@ -279,11 +279,11 @@ class Hub:
 
     # ------------------------------------------------- from the leader (inside the loop)
 
-    def call_later(self, delay: float, function: Callable[[], None]) -> object:
+    def call_later(self, delay: float, function: Callable[[], None]) -> Any:
         """Run a function after a delay in seconds. Returns a handle for `cancel()`."""
         return self.loop.call_later(max(0.0, delay), self.shielded(function))
 
-    def cancel(self, handle: object) -> None:
+    def cancel(self, handle: Any) -> None:
         """Forget a timer that `call_later()` made."""
         self.loop.remove_timeout(handle)
 
@@ -356,7 +356,10 @@ class Hub:
             heir.gate.open()
 
     def _lead(
-        self, ready: Callable[[], bool], deadline: float | None, idle: Callable[[], bool] | None = None
+        self,
+        ready: Callable[[], bool],
+        deadline: float | None,
+        idle: Callable[[], bool] | None = None,
     ) -> None:
         timer = None
         if deadline is not None:

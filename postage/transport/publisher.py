@@ -264,7 +264,9 @@ class Publisher:
         if channel is not self._preparing:
             return
         channel.add_on_return_callback(self.hub.shielded(self._returned))
-        converse(channel, self._script(channel), partial(self._prepared, channel), self.hub.shielded)
+        converse(
+            channel, self._script(channel), partial(self._prepared, channel), self.hub.shielded
+        )
 
     def _script(self, channel: Channel) -> Script[None]:
         yield partial(channel.confirm_delivery, self.hub.shielded(self._confirmed))
@@ -460,7 +462,9 @@ def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:
     return None
 
 
-def check_encodable(key: str, properties: pika.BasicProperties, frame_max: int = _FRAME_MAX) -> None:
+def check_encodable(
+    key: str, properties: pika.BasicProperties, frame_max: int = _FRAME_MAX
+) -> None:
     """Refuse, in the sender's thread, what would break the channel or the connection.
 
     Args:

@@ -117,9 +117,7 @@ class ReplyQueue:
         converse(channel, self._script(channel), self._consumed, self._shielded)
 
     def _script(self, channel: Channel) -> Script[str]:
-        answer = yield partial(
-            channel.queue_declare, queue="", exclusive=True, auto_delete=True
-        )
+        answer = yield partial(channel.queue_declare, queue="", exclusive=True, auto_delete=True)
         self.name = answer.method.queue
         yield partial(
             channel.basic_consume,

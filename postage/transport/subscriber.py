@@ -216,14 +216,16 @@ class Subscriber:
         Raises:
             TransportError: As for `declare_binding()`.
         """
-        step = {
+        step: dict[object, Callable[[Channel], Script[None]]] = {
             ("binding", binding): lambda channel: unbind_queue(
                 channel, binding, self.name_of(binding.queue)
             )
         }
         self._perform(step, timeout, f"unbind queue {binding.queue.name!r}")
 
-    def ask(self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str) -> Any:
+    def ask(
+        self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str
+    ) -> Any:
         """Run a script once on a channel of its own (`Connection.ask()`)."""
         return self.connection.ask(script, timeout, what)
 
@@ -454,7 +456,13 @@ class Subscriber:
         # else: the close of the channel, or of the connection, says what to do
 
     def _deliver(
-        self, queue: QueueSpec, number: int, _channel: Channel, method: Any, properties: Any, body: bytes
+        self,
+        queue: QueueSpec,
+        number: int,
+        _channel: Channel,
+        method: Any,
+        properties: Any,
+        body: bytes,
     ) -> None:
         if number != self._channel_number:
             return
@@ -488,7 +496,9 @@ class Subscriber:
         for consumer in self._consumers.values():
             if consumer.tag == frame.method.consumer_tag and self.connection.amqp is not None:
                 consumer.tag, consumer.live = None, False
-                error = ConnectionLostError(f"the broker cancelled consuming {consumer.spec.name!r}")
+                error = ConnectionLostError(
+                    f"the broker cancelled consuming {consumer.spec.name!r}"
+                )
                 self._restart(error)
                 return
 
