@@ -250,7 +250,7 @@ class GenericProducer:
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else repr(self._publisher or "not connected yet")
+        state = "closed" if self._closed else self._publisher or "not connected yet"
         return f"<{type(self).__name__} {self._settings} [{state}]>"
 
     def __enter__(self) -> GenericProducer:
