@@ -16,3 +16,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+# `type` is an attribute of messages and of queues, and also a word of Python.
+suppress_warnings = ["ref.python"]

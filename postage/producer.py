@@ -184,7 +184,9 @@ class GenericProducer:
     ``_future``        True: return at once, with a future
     ``_headers``       a dict of AMQP headers
     ``_message_id``    an id of your own
-    ``_mandatory``, ``_persistent``, ``_confirm``   for this message only
+    ``_mandatory``     for this message only, instead of the attribute `mandatory`
+    ``_persistent``    the same for `persistent`
+    ``_confirm``       the same for `confirm`
     ``_max_retry``     RPC: how often an unanswered request is sent again
     ``_queue_only``    RPC: as ``rpc_queue_x``
     =================  ==============================================================
