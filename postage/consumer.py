@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pika
 
@@ -41,6 +41,8 @@ from postage.transport import connection as connections
 from postage.transport.connection import Connection
 from postage.transport.publisher import Publisher, Publishing
 from postage.transport.subscriber import Delivery, Settlement, Subscriber
+
+_Consumer = TypeVar("_Consumer", bound="GenericConsumer")
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ class GenericConsumer:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._settings} [{self.subscriber!r}]>"
 
-    def __enter__(self) -> GenericConsumer:
+    def __enter__(self: _Consumer) -> _Consumer:
         return self
 
     def __exit__(self, *_exc: object) -> None:

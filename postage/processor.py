@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from postage import restart
 from postage.consumer import PUBLISH_TIMEOUT, GenericConsumer
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from pika.channel import Channel
 
     from postage.workers import EventLoop, WorkerPool
+
+_Processor = TypeVar("_Processor", bound="MessageProcessor")
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             f"<{type(self).__name__} {name} [{len(self._in_flight)} in flight, {self.consumer!r}]>"
         )
 
-    def __enter__(self) -> MessageProcessor:
+    def __enter__(self: _Processor) -> _Processor:
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pika
 
@@ -62,6 +62,8 @@ from postage.transport import connection as connections
 from postage.transport.connection import Connection
 from postage.transport.publisher import Fate, Publisher, Publishing, check_encodable
 from postage.transport.replies import ReplyStream
+
+_Producer = TypeVar("_Producer", bound="GenericProducer")
 
 logger = debugging.logger_of(__name__)
 
@@ -255,7 +257,7 @@ class GenericProducer:
         state = "closed" if self._closed else self._publisher or "not connected yet"
         return f"<{type(self).__name__} {self._settings} [{state}]>"
 
-    def __enter__(self) -> GenericProducer:
+    def __enter__(self: _Producer) -> _Producer:
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -57,6 +57,8 @@ BACKOFF_FIRST, BACKOFF_LONGEST = 0.5, 30.0
 STABLE = 30.0
 #: Seconds that a clean close may take before the socket is simply dropped.
 CLOSE_GRACE = 5.0
+#: Seconds until a question asks again for a channel, when all of the connection are in use.
+CHANNEL_PAUSE = 0.05
 #: The oldest broker that declares what postage declares: quorum queues with a message
 #: TTL and at-least-once dead lettering came with RabbitMQ 3.10.
 OLDEST_RABBITMQ = (3, 10)
@@ -184,6 +186,7 @@ class Connection:
         self._rounds = 0
         self._was_ready = False
         self._ready_since = 0.0
+        self._aborted = False
         self._timer: object | None = None
         self._clean: Future[bool] = Future(hub.wait)
         hub.on_broken.append(self._abandon)
@@ -259,7 +262,8 @@ class Connection:
     def join(self, tenant: Tenant) -> None:
         """Add a tenant and connect if there is no connection yet."""
         self._tenants.append(tenant)
-        if self.amqp is not None and self.is_open:
+        if self.is_open:
+            assert self.amqp is not None
             tenant.connected(self.amqp)
         self._connect_soon()
 
@@ -271,7 +275,8 @@ class Connection:
     @property
     def is_open(self) -> bool:
         """Whether channels can be opened."""
-        return self.state in (State.READY, State.BLOCKED)
+        # pika tells the channels of a loss first, and us only then.
+        return self._is_up and self.amqp is not None and self.amqp.is_open and not self._aborted
 
     def probe(
         self, script: Callable[[Channel], Script[Any]], done: Done, timeout: float | None = None
@@ -312,10 +317,15 @@ class Connection:
         postage makes; a test fails if pika changes it.
         """
         amqp = self.amqp
-        if amqp is not None and not amqp.is_closed:
+        if amqp is not None and not amqp.is_closed and not self._aborted:
+            self._aborted = True
             amqp._terminate_stream(error)
 
     # ---------------------------------------------------------------------- inside
+
+    @property
+    def _is_up(self) -> bool:
+        return self.state in (State.READY, State.BLOCKED)
 
     def _move(self, event: Event) -> State:
         after = TRANSITIONS[self.state].get(event)
@@ -337,6 +347,7 @@ class Connection:
         if not self._hosts:  # a new round, in a new order: failover spreads the load
             self._hosts = random.sample(self.settings.hosts, len(self.settings.hosts))
         host, port = self._hosts.pop()
+        self._aborted = False
         self._move(Event.ATTEMPT)
         try:
             self.amqp = pika.SelectConnection(
@@ -356,12 +367,11 @@ class Connection:
     def _opened(self, amqp: pika.SelectConnection) -> None:
         if amqp is not self.amqp:
             return
-        if self._move(Event.OPENED) is State.DRAINING:
-            return
         reason = _too_old(amqp.server_properties)
         if reason is not None:
-            self._refuse(ConnectionFailedError(f"{self.settings}: {reason}"))
-            amqp.close()
+            self.abort(ConnectionFailedError(reason))  # a failed attempt, as any other
+            return
+        if self._move(Event.OPENED) is State.DRAINING:
             return
         if self.last_error is not None:
             logger.info("connected to %s again", self.settings)
@@ -377,12 +387,13 @@ class Connection:
         """Hear that an attempt failed, that the connection is gone, or that it is closed."""
         if amqp is not self.amqp or self.state is State.CLOSED:
             return  # of an older connection
-        opened = self.is_open
+        opened = self._is_up
         after = self._move(Event.LOST)
         self.amqp = None
         self._exchanges.clear()
         if after is State.CLOSED:
-            self._finish_close(isinstance(error, pika_errors.ConnectionClosedByClient))
+            agreed = isinstance(error, pika_errors.ConnectionClosedByClient)
+            self._finish_close(agreed and not self._aborted)
             return
         if opened:
             self.losses += 1
@@ -435,20 +446,17 @@ class Connection:
         elif question.expires is not None and time.monotonic() >= question.expires:
             error = ConnectionFailedError(f"no answer from {self.settings} in time{self.trouble()}")
             question.done(None, error)
-        elif self.amqp is None or not self.is_open:
+        elif not self.is_open:
             self._questions.append(question)
             self._connect_soon()
         else:
+            assert self.amqp is not None
             self._run(self.amqp, question)
 
     def _run(self, amqp: pika.SelectConnection, question: _Question) -> None:
-        answered = False
+        begun = False
 
         def answer(result: Any, error: TransportError | None) -> None:
-            nonlocal answered
-            if answered:
-                return
-            answered = True
             if isinstance(error, ConnectionLostError) and self.state is not State.CLOSED:
                 self._put(question)  # once more, on the next connection
                 return
@@ -457,12 +465,19 @@ class Connection:
             question.done(result, error)
 
         def opened(channel: Channel) -> None:
+            nonlocal begun
+            begun = True  # from now on the script hears of the close, and says what it means
             converse(channel, question.script(channel), answer, self.hub.shielded)
 
         def closed(_channel: Channel, reason: Exception) -> None:
-            answer(None, translated(reason))  # before it was open; else the script hears it first
+            if not begun:
+                answer(None, translated(reason))
 
-        channel = amqp.channel(on_open_callback=self.hub.shielded(opened))
+        try:
+            channel = amqp.channel(on_open_callback=self.hub.shielded(opened))
+        except pika_errors.NoFreeChannels:  # the others' questions will be answered soon
+            self.hub.call_later(CHANNEL_PAUSE, lambda: self._put(question))
+            return
         channel.add_on_close_callback(self.hub.shielded(closed))
 
     def _abandon(self, error: BaseException) -> None:
@@ -472,6 +487,10 @@ class Connection:
     def _close(self, grace: float, clean: Future[bool]) -> None:
         if self.state is State.CLOSED:
             clean.set(False)
+            return
+        if self.state is State.DRAINING:  # another thread closes it already
+            first = self._clean
+            first.when_ready(lambda: clean.set(first.result()))
             return
         amqp, attempting = self.amqp, self.state is State.CONNECTING
         self._clean = clean
@@ -565,7 +584,11 @@ def _words(error: BaseException) -> str:
         return "the broker refused the login; check user and password"
     if isinstance(root, pika_errors.ProbableAccessDeniedError):
         return "the broker refused the virtual host; check its name and the user's permissions"
-    if isinstance(root, connection_workflow.AMQPConnectorStackTimeout):
+    if isinstance(
+        root,
+        # The second is what pika says when it gives up in the middle of the login.
+        (connection_workflow.AMQPConnectorStackTimeout, pika_errors.ConnectionOpenAborted),
+    ):
         return "it did not answer in time"
     return str(root) or type(root).__name__
 
@@ -577,7 +600,11 @@ def _is_final(error: BaseException) -> bool:
         return root.reply_code in (403, 530)  # ACCESS_REFUSED, NOT_ALLOWED (no such vhost)
     return isinstance(
         root,
-        (pika_errors.ProbableAuthenticationError, pika_errors.ProbableAccessDeniedError),
+        (
+            ConnectionFailedError,  # ours: it is too old
+            pika_errors.ProbableAuthenticationError,
+            pika_errors.ProbableAccessDeniedError,
+        ),
     )
 
 

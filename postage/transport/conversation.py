@@ -174,8 +174,9 @@ def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
         ACCESS_REFUSED: "The user may not declare it: check its permissions",
         NOT_FOUND: "It was to be checked only (passive) and does not exist",
         PRECONDITION_FAILED: (
-            "Delete or rename the queue, ask for what it has (such as POSTAGE_QUEUE_TYPE=classic), "
-            "or set POSTAGE_ON_MISMATCH=adopt to use it as it is"
+            "Delete or rename the queue, ask for what it has (POSTAGE_QUEUE_TYPE=classic, a dict "
+            "with its flags, or POSTAGE_COMPAT=1.2 for one that Postage 1.2.1 declared), or set "
+            "POSTAGE_ON_MISMATCH=adopt to use it as it is"
         ),
     }
     try:

@@ -20,15 +20,16 @@ share one loop as *leader* and *followers*:
 
 What wakes whom: a byte in the wake-up socket ends the leader's poll (written by
 ``call()``, by a follower that finds the guard in the chair, and by the
-interpreter when a signal arrives); a released gate ends a follower's sleep.
+interpreter when a signal arrives); an opened gate ends a follower's sleep.
 
 The rules that keep this sound, each named again where it is kept:
 
  1. one queue: who leads does not change the order of calls;
- 2. a leader leaves after it emptied the queue, pushed the bytes out and saw,
-    under the lock, that the queue is still empty;
+ 2. a leader leaves after it emptied the queue and pushed the bytes out, and
+    comes back if it then sees that the queue is not empty any more;
  3. one heir is woken, and an heir that does not need the chair passes it on;
- 4. a follower looks again after it registered, so no wake-up is missed;
+ 4. a follower looks again after it registered, and the leader looks at all
+    followers before it polls or leaves, so no wake-up is missed;
  5. callbacks record facts; nothing in them waits (`HubReentered`);
  6. nothing that a callback raises may leave the poll;
  7. signal handlers set flags, and a signal ends the poll;
@@ -38,6 +39,8 @@ The rules that keep this sound, each named again where it is kept:
 Log handlers, finalisers and signal handlers may run between any two lines of the
 thread that they interrupt. They may use ``call()``: it takes no lock that the
 interrupted thread could hold (the one lock is re-entrant, gates are raw locks).
+A signal handler may also raise, as Ctrl-C does. Whoever that carries away is seen to
+be gone (`_Visit`), and the connections start anew if it was in the middle of pika.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from typing import Any
 
 from pika.adapters.select_connection import IOLoop
 
-from postage.errors import ClosedError, HubReentered
+from postage.errors import ClosedError, ConnectionLostError, HubReentered
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,12 @@ logger = logging.getLogger(__name__)
 #: shortest useful heartbeat, well over the pause between two calls of a busy thread.
 VACANCY = 0.1
 
-#: Seconds that a fork waits for the leader to step aside. The leader only has to
-#: finish one round, so more than a moment means that it is stuck in a callback.
+#: After so many times the vacancy the guard looks at the chair though nobody rang. Whoever
+#: leaves it rings; only an exception between two lines of that, as of Ctrl-C, prevents it.
+UNASKED = 10
+
+#: Seconds that a fork waits for the guard, and then for the leader, to step aside. They only
+#: have to finish one round, so more than a moment means that one is stuck in a callback.
 FORK_PATIENCE = 10.0
 
 #: Rounds of pushing that a leader does for others before it leaves. Under load every
@@ -109,21 +116,45 @@ class _Gate:
         return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
 
 
-class _Waiter:
-    """A thread that waits for a condition."""
+class _Visit:
+    """A thread in the hub: it leads, or waits for a condition, or both in turn.
 
-    __slots__ = ("gate", "ready")
+    It holds the lock `here` by a ``with`` block for as long as it stays. Nothing can strike
+    between the ``with`` of a raw lock and its block, and no line of Python runs when the
+    block is left. So by that lock the others see whether an exception that may strike
+    anywhere, as that of Ctrl-C, carried the thread away before it could leave in order.
+    """
+
+    __slots__ = ("error", "gate", "here", "ready", "thread")
 
     def __init__(self, ready: Callable[[], bool]) -> None:
-        self.ready = ready
+        self.thread = threading.get_ident()
+        self.here = threading.Lock()
         self.gate = _Gate()
+        self.ready = ready
+        self.error: Exception | None = None  # of what it had asked the leader to do first
+
+    def over(self) -> bool:
+        """Tell whether there is nothing left to wait for."""
+        return self.error is not None or self.ready()
 
     def look(self) -> bool:
         """Tell whether to wake it. A condition that raises shall do so in its own thread."""
         try:
-            return self.ready()
+            return self.over()
         except Exception:
             return True
+
+
+class _Timer:
+    """A function that is due at a time, on the monotonic clock."""
+
+    __slots__ = ("due", "function", "handle")
+
+    def __init__(self, due: float, function: Callable[[], None]) -> None:
+        self.due = due
+        self.function = function
+        self.handle: Any = None
 
 
 class Hub:
@@ -143,11 +174,14 @@ class Hub:
         #: How often the guard took the chair, for tests and the curious.
         self.guard_led = 0
         self._lock = threading.RLock()  # guards _leader and _waiters; never held in foreign code
-        self._leader: int | None = None
-        self._waiters: list[_Waiter] = []
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._leader: _Visit | None = None  # to be asked for by _occupant()
+        self._waiters: list[_Visit] = []
+        #: What to run, and the visit that wants to know what it raises.
+        self._calls: collections.deque[tuple[Callable[[], None], _Visit | None]]
+        self._calls = collections.deque()
+        self._timers: set[_Timer] = set()
         self._unpushed = False  # something of ours ran since the last poll and may have written
-        self._freezer: int | None = None  # the thread that forks: all others leave the chair
+        self._freezer: _Visit | None = None  # the thread that forks: all others leave the chair
         self._closed = False
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
         self._wakeup_reader.setblocking(False)
@@ -157,10 +191,15 @@ class Hub:
         self._start_guard()
 
     def __repr__(self) -> str:
-        leader = {None: "no leader", self._guard.ident: "led by the guard"}.get(
-            self._leader, f"led by thread {self._leader}"
-        )
-        state = "closed" if self._closed else leader
+        leader = self._occupant()
+        if self._closed:
+            state = "closed"
+        elif leader is None:
+            state = "no leader"
+        elif leader.thread == self._guard.ident:
+            state = "led by the guard"
+        else:
+            state = f"led by thread {leader.thread}"
         return f"<Hub [{state}, {len(self._waiters)} waiting, {len(self._calls)} calls]>"
 
     # ------------------------------------------------------------- from any thread
@@ -171,14 +210,14 @@ class Hub:
         Args:
             function: Takes nothing; what it raises is logged.
         """
-        self._calls.append(function)  # rule 1: before the look at the chair, also if we take it
-        me = threading.get_ident()
-        if self._leader == me:
-            return  # inside a callback: the round that runs it empties the queue
-        if self._take(me):
-            self._release(me)
-        else:
-            self.wake()
+        self._calls.append((function, None))  # rule 1: before the look at the chair
+        if self._occupant() is None:
+            visit = _Visit(_never)
+            with visit.here:
+                if self._take(visit):
+                    self._release(visit)  # runs it, after what was there before
+                    return
+        self.nudge()
 
     def post(self, function: Callable[[], None]) -> None:
         """Like `call()`, but if nobody leads, leave it to the next leader.
@@ -186,9 +225,9 @@ class Hub:
         For what the calling thread is about to wait for anyway, or what may wait
         until the guard comes, such as acknowledgements.
         """
-        self._calls.append(function)
-        if self._leader not in (None, threading.get_ident()):
-            self.wake()
+        self._calls.append((function, None))
+        if self._occupant() is not None:
+            self.nudge()
 
     def wait(
         self,
@@ -202,7 +241,7 @@ class Hub:
             ready: The condition. Must be quick: the leader evaluates it after every poll.
             timeout: Seconds, or None for no limit.
             first: A function for the leader, as for `call()`, without the round of its own
-                that `call()` would cost.
+                that `call()` would cost. What it raises is raised here.
 
         Returns:
             Whether the condition held in time.
@@ -210,44 +249,49 @@ class Hub:
         Raises:
             HubReentered: This thread is inside a callback of the loop.
             ClosedError: The hub was closed.
+            ConnectionLostError: Another thread was leading and was interrupted (Ctrl-C) in
+                the middle of `first`.
         """
-        me = threading.get_ident()
-        if self._leader == me:  # rule 5
+        if self.leading:  # rule 5
             raise HubReentered(
                 "a callback of the I/O loop tried to wait for the loop that runs it; "
                 "log handlers and finalisers may send, but not wait"
             )
         deadline = None if timeout is None else time.monotonic() + timeout
+        visit = _Visit(ready)
         if first is not None:
-            self._calls.append(first)  # rule 1
+            self._calls.append((first, visit))  # rule 1
         waker_owed = first is not None
-        while waker_owed or not ready():
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0 and not waker_owed:
-                return False
-            if self._closed:
-                raise ClosedError("the I/O loop was closed while something waited for it")
-            if self._take(me):
-                waker_owed = False
-                try:
-                    self._lead(ready, deadline)
-                finally:
-                    self._release(me)
-                continue
-            waiter = _Waiter(ready)
-            with self._lock:
-                if self._leader is None and self._freezer is None:
-                    continue  # the chair is empty again: take it
-                self._waiters.append(waiter)
-                guard_leads = self._leader == self._guard.ident
-            try:
-                if waker_owed or guard_leads:
-                    self.wake()  # the leader has a call to run, or is the guard and steps aside
+        with visit.here:
+            while waker_owed or not visit.over():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0 and not waker_owed:
+                    return False
+                if self._closed:
+                    raise ClosedError("the I/O loop was closed while something waited for it")
+                if self._take(visit):
                     waker_owed = False
-                if not ready():  # rule 4: it may have come true before we were registered
-                    waiter.gate.wait(left)
-            finally:
-                self._forget(waiter)
+                    try:
+                        self._lead(visit.over, deadline)
+                    finally:
+                        self._release(visit)
+                    continue
+                with self._lock:
+                    leader = self._occupant()
+                    if self._closed or (leader is None and self._freezer is None):
+                        continue  # nobody would wake us: leave, or take the empty chair
+                    self._waiters.append(visit)
+                guard_leads = leader is not None and leader.thread == self._guard.ident
+                try:
+                    if waker_owed or guard_leads:
+                        self.wake()  # the leader has a call to run, or is the guard and yields
+                        waker_owed = False
+                    if not visit.over():  # rule 4: it may have come true before we registered
+                        visit.gate.wait(left)
+                finally:
+                    self._forget(visit)
+        if visit.error is not None:  # rule 6: it goes to whoever asked
+            raise visit.error
         return True
 
     def wake(self) -> None:
@@ -256,22 +300,28 @@ class Hub:
             self._wakeup_writer.send(b"\0")
 
     def nudge(self) -> None:
-        """Let the leader look at what others wait for, unless it is about to do so anyway."""
-        if self._leader != threading.get_ident():
+        """Let the leader look at the queue and at what others wait for.
+
+        Needless in a callback: the leader looks before it polls. But a finaliser or a log
+        handler may be called after that look; nothing of ours has run since, then.
+        """
+        if not (self.leading and self._unpushed):
             self.wake()
 
     def close(self) -> None:
-        """Stop the guard and give the loop's descriptors back. For when nobody uses it any more."""
+        """Stop the guard and give the loop's descriptors back. For when nobody uses it any more.
+
+        Raises:
+            HubReentered: This thread is inside a callback of the loop.
+        """
+        if self.leading:  # rule 5
+            raise HubReentered("a callback of the I/O loop tried to close the loop that runs it")
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         self._freeze()
-        self._guard_bell.open()
-        with self._lock:
-            waiters = tuple(self._waiters)
-        for waiter in waiters:
-            waiter.gate.open()
+        self._wake_all()
         self.loop.remove_handler(self._wakeup_reader.fileno())
         self.loop.close()
         self._wakeup_reader.close()
@@ -281,11 +331,15 @@ class Hub:
 
     def call_later(self, delay: float, function: Callable[[], None]) -> Any:
         """Run a function after a delay in seconds. Returns a handle for `cancel()`."""
-        return self.loop.call_later(max(0.0, delay), self.shielded(function))
+        timer = _Timer(time.monotonic() + delay, self.shielded(function))
+        self._timers.add(timer)
+        self._set(timer)
+        return timer
 
     def cancel(self, handle: Any) -> None:
         """Forget a timer that `call_later()` made."""
-        self.loop.remove_timeout(handle)
+        self._timers.discard(handle)
+        self.loop.remove_timeout(handle.handle)
 
     def shielded(self, function: Callable[..., None]) -> Callable[..., None]:
         """Wrap a callback for pika, so that what it raises ends in the log.
@@ -306,20 +360,28 @@ class Hub:
     @property
     def leading(self) -> bool:
         """Whether the calling thread is the leader, and so may touch pika."""
-        return self._leader == threading.get_ident()
+        leader = self._occupant()
+        return leader is not None and leader.thread == threading.get_ident()
 
     # ------------------------------------------------------------------- the chair
 
-    def _take(self, me: int) -> bool:
+    def _occupant(self) -> _Visit | None:
+        """Return who sits in the chair. A leader whom an interrupt carried away does not."""
+        leader = self._leader
+        return leader if leader is not None and leader.here.locked() else None
+
+    def _take(self, visit: _Visit) -> bool:
         with self._lock:
-            if self._leader is not None or (self._freezer or me) != me or self._closed:
+            if self._closed or self._occupant() is not None:
                 return False
-            self._leader = me
+            if self._freezer is not None and self._freezer.thread != visit.thread:
+                return False
+            self._leader = visit
             return True
 
-    def _release(self, me: int) -> None:
+    def _release(self, visit: _Visit) -> None:
         """Leave the chair: everything called for is done, everything written is sent."""
-        heir: _Waiter | None = None
+        heir: _Visit | None = None
         try:
             while True:
                 for _ in range(PUSHES):
@@ -327,33 +389,51 @@ class Hub:
                     if not self._unpushed:
                         break
                     self._poll(0.0)  # rule 2: pika only buffers, a poll pushes the bytes out
-                with self._lock:
-                    if not self._calls:
-                        heir = self._leave(me)
-                        break
-                    # rule 2: what was appended meanwhile saw us in the chair
+                self._look()
+                heir = self._leave(visit)
+                # rule 2: what was appended meanwhile saw us in the chair
+                if not self._calls or not self._take(visit):
+                    break
         except BaseException:
-            with self._lock:
-                heir = self._leave(me)
+            heir = self._leave(visit)
             raise
         finally:
             if heir is not None:
                 heir.gate.open()  # rule 3: exactly one, not a herd
             self._guard_bell.open()
 
-    def _leave(self, me: int) -> _Waiter | None:
-        if self._leader != me:
-            return None  # an interrupt struck when we had left already
-        self._leader = None
+    def _leave(self, visit: _Visit) -> _Visit | None:
+        with self._lock:
+            if self._leader is not visit:
+                return None  # an interrupt struck when we had left already
+            self._leader = None
+            return self._heir()
+
+    def _heir(self) -> _Visit | None:
+        """Return the follower who has waited longest. Called under the lock."""
+        while self._waiters and not self._waiters[0].here.locked():
+            del self._waiters[0]  # an interrupt carried it away
         return self._waiters[0] if self._waiters else None
 
-    def _forget(self, waiter: _Waiter) -> None:
+    def _forget(self, visit: _Visit) -> None:
         """Unregister a follower. If it was the heir and goes, the next one is told (rule 3)."""
         with self._lock:
-            self._waiters.remove(waiter)
-            heir = self._waiters[0] if self._waiters and self._leader is None else None
+            self._waiters.remove(visit)
+            heir = self._heir() if self._occupant() is None else None
         if heir is not None:
             heir.gate.open()
+
+    def _look(self) -> None:
+        """Wake the followers who have what they wait for (rule 4)."""
+        for visit in tuple(self._waiters):
+            if visit.look():
+                visit.gate.open()
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            waiters = tuple(self._waiters)
+        for visit in waiters:
+            visit.gate.open()
 
     def _lead(
         self,
@@ -367,32 +447,41 @@ class Hub:
         try:
             while True:
                 self._run_calls()
+                self._look()
                 if ready() or (idle is not None and idle()) or self._freezer is not None:
                     return
                 if self._closed or (deadline is not None and time.monotonic() >= deadline):
                     return
                 self._poll()
-                self._run_calls()
-                for waiter in tuple(self._waiters):
-                    if waiter.look():
-                        waiter.gate.open()
         finally:
             if timer is not None:
                 self.loop.remove_timeout(timer)
 
     def _run_calls(self) -> None:
         for _ in range(len(self._calls)):  # not those that they append: each round must end
-            function = self._calls.popleft()
+            function, visit = self._calls[0]
             self._unpushed = True
             try:
                 function()
-            except Exception:  # rule 6: one caller's error is not another's
-                logger.exception("a call in the I/O loop failed: %r", function)
+            except Exception as error:  # rule 6: one caller's error is not another's
+                if visit is not None:
+                    visit.error = error
+                else:
+                    logger.exception("a call in the I/O loop failed: %r", function)
+            except BaseException as error:  # nobody knows how far it came
+                if visit is not None:
+                    visit.error = ConnectionLostError(f"interrupted by {type(error).__name__}")
+                self._break(error)
+                raise
+            finally:
+                self._calls.popleft()
 
     def _poll(self, limit: float | None = None) -> None:
         """Wait for events and dispatch them; 0 means only those that are there."""
-        timer = None if limit is None else self.loop.call_later(limit, _nothing)
         self._unpushed = False
+        if self._calls:  # appended by those that just ran; looked at after _unpushed (`nudge()`)
+            limit = 0.0
+        timer = None if limit is None else self.loop.call_later(limit, _nothing)
         try:
             self.loop.poll()
             self.loop.process_timeouts()
@@ -407,49 +496,68 @@ class Hub:
                 self.loop.remove_timeout(timer)
 
     def _break(self, error: BaseException) -> None:
+        for timer in tuple(self._timers):  # rule 6: pika forgot those that were due
+            self.loop.remove_timeout(timer.handle)
+            self._set(timer)
         for callback in tuple(self.on_broken):
             try:
                 callback(error)
             except Exception:
                 logger.exception("a connection could not be abandoned: %r", callback)
 
+    def _set(self, timer: _Timer) -> None:
+        def ring() -> None:
+            self._timers.discard(timer)
+            timer.function()
+
+        timer.handle = self.loop.call_later(max(0.0, timer.due - time.monotonic()), ring)
+
     def _drain_wakeups(self, _fd: int, _events: int) -> None:
         with contextlib.suppress(OSError):
-            self._wakeup_reader.recv(4096)
+            if self._wakeup_reader.recv(4096).strip(b"\0"):
+                # rule 7: the interpreter writes the number of the signal, and the main thread
+                # runs the handler only when it is awake
+                self._wake_all()
 
     # -------------------------------------------------------------------- the guard
 
     def _start_guard(self) -> None:
-        self._guard_stopping = False
-        self._guard_rest = _Gate()  # shut while the guard may rest before it looks
         self._guard_bell = _Gate()  # rung when the chair becomes empty
         self._guard_bell.open()
-        self._guard = threading.Thread(target=self._stand_guard, name="postage-guard", daemon=True)
+        self._dismissed = threading.Event()
+        self._guard = threading.Thread(
+            target=self._stand_guard, args=(self._dismissed,), name="postage-guard", daemon=True
+        )
         self._guard.start()
 
     def _stop_guard(self) -> None:
-        self._guard_stopping = True
-        self._guard_rest.open()
+        self._dismissed.set()
         self._guard_bell.open()
         self.wake()
         if self._guard.ident != threading.get_ident():
-            self._guard.join()
+            self._guard.join(FORK_PATIENCE)
 
-    def _stand_guard(self) -> None:
-        me = threading.get_ident()
-        while not self._guard_stopping:
-            self._guard_bell.wait()
-            self._guard_rest.wait(self._vacancy)
-            if self._guard_stopping or not self._take(me):
-                continue  # somebody leads; who leaves rings the bell
+    def _stand_guard(self, dismissed: threading.Event) -> None:
+        while not dismissed.is_set():
+            try:
+                self._guard_bell.wait(UNASKED * self._vacancy)
+                if not dismissed.wait(self._vacancy):
+                    self._take_vacancy(dismissed)
+            except BaseException:  # rule 6: the guard survives everything
+                with contextlib.suppress(BaseException):
+                    logger.exception("the guard of the I/O loop failed and goes on")
+
+    def _take_vacancy(self, dismissed: threading.Event) -> None:
+        visit = _Visit(_never)
+        with visit.here:
+            if not self._take(visit):
+                return  # somebody leads; who leaves rings the bell
             self.guard_led += 1
             try:
                 # rule 9: also if there are waiters, should all of them have missed the call
-                self._lead(_never, None, idle=lambda: bool(self._waiters) or self._guard_stopping)
-            except BaseException:  # rule 6: the guard survives everything
-                logger.exception("the guard of the I/O loop failed and goes on")
+                self._lead(_never, None, idle=lambda: bool(self._waiters) or dismissed.is_set())
             finally:
-                self._release(me)
+                self._release(visit)
 
     # ---------------------------------------------------------------- signals and fork
 
@@ -468,15 +576,16 @@ class Hub:
 
     def _freeze(self) -> None:
         """Take the chair and keep everybody else out of it; the guard ends."""
-        me = threading.get_ident()
+        visit = _Visit(_never)
+        visit.here.acquire()  # until _thaw()
         with self._lock:
-            self._freezer = me
+            self._freezer = visit
         self._stop_guard()
         deadline = time.monotonic() + FORK_PATIENCE
-        while self._leader != me:
+        while not self.leading:
             with self._lock:
-                if self._leader is None:
-                    self._leader = me
+                if self._occupant() is None:
+                    self._leader = visit
                     break
             self.wake()
             if time.monotonic() > deadline:
@@ -485,16 +594,13 @@ class Hub:
             time.sleep(0.001)
 
     def _thaw(self) -> None:
-        me = threading.get_ident()
+        visit = self._freezer
         with self._lock:
             self._freezer = None
         self._start_guard()
-        if self._leader == me:
-            self._release(me)
-        with self._lock:
-            waiters = tuple(self._waiters)
-        for waiter in waiters:  # they may have looked while nobody was allowed to lead
-            waiter.gate.open()
+        if visit is not None and self._leader is visit:  # else this is in a callback
+            self._release(visit)
+        self._wake_all()  # they may have looked while nobody was allowed to lead
 
     def _disown(self) -> None:
         """In a forked child: let go of the parent's sockets without a word to the broker.

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import pika
+from pika import exceptions as pika_errors
 from pika.channel import Channel
 
 from postage.errors import ConnectionLostError, TransportError
@@ -104,7 +105,12 @@ class ReplyQueue:
         amqp = connection.amqp
         if amqp is None or not connection.is_open:
             raise ConnectionLostError("no connection for a reply queue")
-        self._channel: Channel = amqp.channel(on_open_callback=self._shielded(self._channel_opened))
+        try:
+            self._channel: Channel = amqp.channel(
+                on_open_callback=self._shielded(self._channel_opened)
+            )
+        except pika_errors.NoFreeChannels as error:
+            raise translated(error) from None
         self._channel.add_on_close_callback(self._shielded(self._closed))
 
     def close(self) -> None:

@@ -330,6 +330,8 @@ class Subscriber:
             Whether the broker took all of it: its close-ok comes after the acks that
             were written before.
         """
+        if self._closed:  # the hub may be gone by now
+            return False
         agreed: list[bool] = []
         self.hub.wait(lambda: bool(agreed), grace, first=partial(self._close, agreed))
         if not agreed:
@@ -377,6 +379,8 @@ class Subscriber:
     def _restored(
         self, amqp: pika.SelectConnection, _result: Any, error: TransportError | None
     ) -> None:
+        if self._closed:
+            return
         if isinstance(error, QueueMismatchError) and self._adopts(error):
             self.connected(amqp)
         elif error is None:
@@ -451,6 +455,7 @@ class Subscriber:
     def _started(self, consumer: _Consumer, _result: Any, error: TransportError | None) -> None:
         if error is None and consumer.tag is not None:
             consumer.live = True
+            logger.debug("consuming queue %r", consumer.spec.name)
             self._failures = 0
             self.failure = None
         # else: the close of the channel, or of the connection, says what to do
