@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: MIT
+"""What the two programs agree upon: the exchange."""
+
+from postage import messaging
+
+
+class EchoExchange(messaging.Exchange):
+    name = "echo-exchange"
+    exchange_type = "direct"
+    passive = False
+    durable = True
+    auto_delete = False
