@@ -15,7 +15,7 @@ import pika
 
 from postage import debugging
 from postage.encoders import Encoder, JsonEncoder
-from postage.errors import ClosedError
+from postage.errors import ClosedError, ConfigurationError, DecodeError, PostageError
 from postage.futures import Future
 from postage.messages import Message, MessageResult
 from postage.rpc import encoded
@@ -132,6 +132,9 @@ class GenericConsumer:
             return
         if self._connection.state is not connections.State.CLOSED:
             warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2)
+            self.subscriber.stop()
+            while self.subscriber.inbox:  # nobody will look into it any more
+                self.subscriber.give_back(self.subscriber.inbox.popleft())
 
     @property
     def conn_broker(self) -> Connection:
@@ -199,7 +202,9 @@ class GenericConsumer:
 
     def stop_queue(self, queue: QueueLike) -> None:
         """Stop consuming one queue. It stays, with its bindings, for others."""
-        self.subscriber.stop(self._known.pop(self._spec(queue, {}).name, None))
+        spec = self._known.pop(self._spec(queue, {}).name, None)
+        if spec is not None:  # None would stop all
+            self.subscriber.stop(spec)
 
     def _spec(self, queue: QueueLike, flags: dict[str, Any]) -> QueueSpec:
         if isinstance(queue, str):
@@ -233,6 +238,7 @@ class GenericConsumer:
         self.start()
         subscriber = self.subscriber
         while self._consuming:
+            self._check_fork()
             subscriber.flush()
             subscriber.hub.wait(
                 lambda: bool(subscriber.inbox or subscriber.failure) or not self._consuming
@@ -248,20 +254,24 @@ class GenericConsumer:
     def stop_consuming(self) -> None:
         """Stop consuming every queue; `start_consuming()` returns. Callable from anywhere."""
         self._consuming = False
-        self.subscriber.stop()
+        for spec in list(self._known.values()):  # one by one: they may be consumed again
+            self.subscriber.stop(spec)
 
     def take(self) -> Delivery | None:
         """Return the next delivery that can still be settled, or None if there is none."""
+        self._check_fork()  # a child finds copies of its parent's deliveries
         while True:
             try:
                 delivery = self.subscriber.inbox.popleft()
             except IndexError:
                 return None
             if self.subscriber.is_current(delivery):
+                logger.debug("< %s from %r", delivery.body, delivery.queue.name)
                 return delivery
 
     def ack(self, method: Delivery) -> None:
         """Tell the broker that a message is done."""
+        self._check_fork()
         self.subscriber.settle(method, Settlement.ACK)
 
     def reject(self, method: Delivery, requeue: bool) -> None:
@@ -272,6 +282,7 @@ class GenericConsumer:
             requeue: Whether it is to be delivered again. If not, it is dead-lettered where
                 the queue says so, else dropped.
         """
+        self._check_fork()
         settlement = Settlement.REQUEUE if requeue else Settlement.REJECT
         self.subscriber.settle(method, settlement)
 
@@ -281,7 +292,12 @@ class GenericConsumer:
         Raises:
             DecodeError: It cannot be read.
         """
-        return self.encoder.decode(data)
+        try:
+            return self.encoder.decode(data)
+        except PostageError:
+            raise
+        except Exception as error:  # of an encoder that knows no DecodeError
+            raise DecodeError(f"the body is not readable: {error}", data) from error
 
     # ---------------------------------------------------------------------- sending
 
@@ -293,6 +309,7 @@ class GenericConsumer:
             message: A result message, or any value, which is sent as a success.
 
         Raises:
+            ConfigurationError: The request does not say where to.
             EncodingError: The value cannot be written.
             PublishError: The broker did not take it.
         """
@@ -313,13 +330,18 @@ class GenericConsumer:
 
         An answer is transient and never mandatory: with direct reply-to, RabbitMQ returns a
         mandatory one even though it delivers it.
+
+        Raises:
+            ConfigurationError: The request does not say where.
         """
+        if header.reply_to is None:
+            raise ConfigurationError("there is no reply_to: the sender wants no answer")
         properties = pika.BasicProperties(
             content_type=self.encoder.content_type or None,
             correlation_id=header.correlation_id,
             delivery_mode=1,
         )
-        return self.publish(str(header.reply_to), body, properties, False, timeout)
+        return self.publish(header.reply_to, body, properties, False, timeout)
 
     def publish(
         self,
@@ -334,10 +356,12 @@ class GenericConsumer:
         It goes over the publishing connection: an alarm of the broker may stop that one, and
         must not stop the acknowledgements on this one.
         """
+        self._check()
         publisher = self._publisher
         if publisher is None:
             connection = connections.acquire(self._settings, "publish")
             publisher = self._publisher = Publisher(connection)
+        logger.debug("> %s to %r", body, queue)
         future: Future[None] = Future(publisher.hub.wait, publisher.hub.nudge)
 
         def settled(publishing: Publishing) -> None:
@@ -378,6 +402,8 @@ class GenericConsumer:
         self._consuming = False
         if self._connection.hub.pid != os.getpid():
             return False  # the parent's
+        if self._connection.state is connections.State.CLOSED:
+            return False  # by close_all(), and nothing of it is left
         clean = self.subscriber.close(timeout)
         connections.release(self._connection, timeout)
         if self._publisher is not None:
@@ -388,6 +414,9 @@ class GenericConsumer:
     def _check(self) -> None:
         if self._closed:
             raise ClosedError(f"{type(self).__name__} is used after close()")
+        self._check_fork()
+
+    def _check_fork(self) -> None:
         connections.check_fork(self._connection, type(self).__name__)
 
 

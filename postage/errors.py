@@ -167,12 +167,15 @@ class UnroutableError(PublishError):
         self.failed = list(failed)
         self.delivered = list(delivered)
 
-    def __str__(self) -> str:
+    @property
+    def fact(self) -> str:
+        """What happened, without what to do about it."""
         pairs = ", ".join(f"exchange {name!r} key {key!r}" for name, key in self.failed)
-        text = f"no queue is bound to {pairs}"
-        if self.delivered:
-            text += f"; delivered to {len(self.delivered)} other pair(s) of the same call"
-        return text + ". Start the component that binds it, or send with _mandatory=False"
+        others = f"; delivered to {len(self.delivered)} other pair(s) of the same call"
+        return f"no queue is bound to {pairs}" + (others if self.delivered else "")
+
+    def __str__(self) -> str:
+        return f"{self.fact}. Start the component that binds it, or send with _mandatory=False"
 
 
 class NackedError(PublishError):

@@ -196,12 +196,12 @@ class GenericApplication(MessageProcessor):
 
     @MessageHandler("command", "join_group")
     def msg_join_group(self, content: Mapping[str, Any]) -> None:
-        """Join the group that ``parameters`` names as ``group_name``."""
+        """Join the group that ``parameters`` names, as ``group_name`` or alone."""
         self.join(_group_name(content))
 
     @MessageHandler("command", "leave_group")
     def msg_leave_group(self, content: Mapping[str, Any]) -> None:
-        """Leave the group that ``parameters`` names as ``group_name``."""
+        """Leave the group that ``parameters`` names, as ``group_name`` or alone."""
         self.leave_group(_group_name(content))
 
     @RpcHandler("command", "ping")
@@ -211,9 +211,9 @@ class GenericApplication(MessageProcessor):
 
     # -------------------------------------------------------------------- the uid queue
 
-    def before_close(self, told_to_quit: bool) -> None:
+    def before_close(self, restarting: bool) -> None:
         """Delete the queue of this instance, if there will be no such instance again."""
-        if told_to_quit:
+        if not restarting:
             self._ask_uid("queue_delete")
 
     def _purge_uid(self) -> None:
@@ -244,7 +244,7 @@ def _part(fingerprint: Mapping[str, Any], key: str) -> str:
 
 def _group_name(content: Mapping[str, Any]) -> str:
     parameters = content.get("parameters")
-    name = parameters.get("group_name") if isinstance(parameters, Mapping) else None
+    name = parameters.get("group_name") if isinstance(parameters, Mapping) else parameters
     if not isinstance(name, str) or not name:
         raise ValueError("parameters need a 'group_name'")
     return name

@@ -7,7 +7,8 @@ A microthread yields after each step. What it yields says when it wants to go on
   if it has a ``deadline`` (on the monotonic clock), then at the latest; if it has
   ``when_ready(callback)``, the scheduler is told instead of asking again and again; if it
   has a ``result()``, the microthread gets that as the value of its ``yield``, or its error;
-* anything else, such as the ``1`` of 1.2.1: in the next cycle.
+* anything else, such as the ``1`` of 1.2.1: in the next cycle. It is then the value of the
+  ``yield``, so ``reply = yield producer.rpc_x()`` works even where ``_future=True`` was forgotten.
 
 When no microthread can go on, the scheduler waits instead of spinning, and lets the I/O
 loop run meanwhile. This module knows neither pika nor that loop: a waitable that needs it
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import heapq
+import itertools
 import logging
 import signal
 import threading
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
-from postage.errors import ExitScheduler
+from postage.errors import ClosedError, ExitScheduler
 
 __all__ = ["ExitScheduler", "MicroScheduler", "MicroThread", "sleep"]
 
@@ -80,7 +83,10 @@ class MicroThread:
 
     def main(self) -> Generator[Any, Any, None]:
         """Run: create, then step for ever."""
-        self.create()
+        try:
+            self.create()
+        except StopIteration:
+            return
         yield 1
         while True:
             try:
@@ -126,7 +132,12 @@ class MicroScheduler:
         self._active: list[_Task] = []
         self._scheduled: list[_Task] = []
         self._waiting: dict[_Task, None] = {}
-        self._woken: collections.deque[_Task] = collections.deque()
+        #: Those of them whose waitables do not tell, or not alone.
+        self._asked: dict[_Task, None] = {}
+        #: Those of them that only sleep: deadline, number, task. A heap.
+        self._sleeping: list[tuple[float, int, _Task]] = []
+        self._numbers = itertools.count()
+        self._woken: collections.deque[tuple[_Task, Any]] = collections.deque()
         self._leaving = False
         self._hub: _Hub | None = None
         self._idle_lock = threading.Lock()
@@ -168,8 +179,16 @@ class MicroScheduler:
         """
         self._rest(_Task(generator, None), waiting, self._scheduled)
 
+    def discard(self, generator: Generator[Any, Any, Any]) -> None:
+        """Close a microthread, which may wait for something that never comes."""
+        for task in [task for task in self._waiting if task.generator is generator]:
+            self._end_waiting(task)
+        _close(generator)
+
     def wake(self) -> None:
         """End an idle wait. From any thread."""
+        if self.scheduler is not None:
+            self.scheduler.wake()  # it is the outermost that waits
         if self._hub is not None:
             self._hub.nudge()
         with contextlib.suppress(RuntimeError):  # it is awake already
@@ -251,44 +270,58 @@ class MicroScheduler:
 
     def _resume(self, task: _Task) -> Any:
         waited, task.waiting = task.waiting, None
-        result = getattr(waited, "result", None)
-        if result is None:
+        if getattr(task.generator, "gi_frame", task) is None:
+            raise StopIteration  # it was closed meanwhile, and must not hear of an error
+        if hasattr(waited, "ready") and not hasattr(waited, "result"):
+            waited = None
+        if waited is None or not hasattr(task.generator, "send"):
             return next(task.generator)
         try:
-            value = result()
+            value = waited.result() if hasattr(waited, "ready") else waited
         except Exception as error:
             return task.generator.throw(error)
         return task.generator.send(value)
 
     def _rest(self, task: _Task, wanted: Any, runnable: list[_Task]) -> None:
         """Put a microthread where it belongs until it goes on."""
+        task.waiting = wanted
         if not hasattr(wanted, "ready"):
             runnable.append(task)
             return
-        task.waiting = wanted
         self._waiting[task] = None
+        self._hub = getattr(wanted, "hub", None) or self._hub
+        if type(wanted) is sleep:
+            heapq.heappush(self._sleeping, (wanted.deadline, next(self._numbers), task))
+        elif not _tells(wanted):
+            self._asked[task] = None
         if hasattr(wanted, "when_ready"):
-            wanted.when_ready(lambda: self._hear(task))
+            wanted.when_ready(lambda: self._hear(task, wanted))
 
-    def _hear(self, task: _Task) -> None:
-        self._woken.append(task)
+    def _hear(self, task: _Task, waitable: Any) -> None:
+        self._woken.append((task, waitable))
         self.wake()
 
     def _collect_ready(self) -> None:
         """Let those go on whose waiting is over."""
         while self._woken:
-            task = self._woken.popleft()
-            if task in self._waiting:
-                del self._waiting[task]
-                self._active.append(task)
-        for task in self._polled():
+            self._let_go_on(*self._woken.popleft())
+        now = time.monotonic()
+        while self._sleeping and self._sleeping[0][0] <= now:
+            _, _, task = heapq.heappop(self._sleeping)
+            self._let_go_on(task, task.waiting)
+        for task in list(self._asked):
             if task.waiting.ready() or _overdue(task.waiting):
-                del self._waiting[task]
-                self._active.append(task)
+                self._let_go_on(task, task.waiting)
 
-    def _polled(self) -> list[_Task]:
-        """Return those whose waitables do not tell."""
-        return [task for task in self._waiting if not _tells(task.waiting)]
+    def _let_go_on(self, task: _Task, waitable: Any) -> None:
+        # A waitable may tell twice, and the task wait for another one by then.
+        if task in self._waiting and task.waiting is waitable:
+            self._end_waiting(task)
+            self._active.append(task)
+
+    def _end_waiting(self, task: _Task) -> None:
+        del self._waiting[task]
+        self._asked.pop(task, None)
 
     def _idle(self) -> Any:
         """Wait until a microthread can go on, or let the outer scheduler do so.
@@ -296,24 +329,26 @@ class MicroScheduler:
         Returns:
             What to yield: inside another scheduler a waitable for it, else 1.
         """
-        polled = [task.waiting for task in self._polled()]
-        deadlines = [due for due in map(_deadline, polled) if due is not None]
-        for waitable in polled:
-            self._hub = getattr(waitable, "hub", None) or self._hub
+        asked = [task.waiting for task in self._asked]
+        deadlines = [due for due in map(_deadline, asked) if due is not None]
+        deadlines += [due for due, _, _ in self._sleeping[:1]]
 
         def ready() -> bool:
             if self._woken or (self.shutdown and not self._leaving):
                 return True
-            return any(each.ready() for each in polled)
+            return any(each.ready() for each in asked)
 
         if self.scheduler is not None:
             return _Idle(ready, min(deadlines, default=None), self._hub)
-        if not self._waiting and self.autoquit:
+        if not self._waiting and self.autoquit is True:
             return 1
         now = time.monotonic()
         timeout = max(0.0, min(min(deadlines, default=now + IDLE), now + IDLE) - now)
         if self._hub is not None:
-            self._hub.wait(ready, timeout)
+            try:
+                self._hub.wait(ready, timeout)
+            except ClosedError:  # whoever brought it along has left
+                self._hub = None
         elif not ready():
             self._idle_lock.acquire(timeout=timeout)
         return 1
@@ -322,22 +357,26 @@ class MicroScheduler:
         """Let those leave that know how to, and close the others.
 
         A microthread knows if it has a `leave()`, which returns a generator that ends
-        when it has left. Its handlers in flight go on meanwhile, as microthreads here.
+        when it has left; an inner scheduler ends by itself. Handlers in flight go on
+        meanwhile, as microthreads here.
         """
         self._leaving = True
         tasks = [*self._scheduled, *self._waiting]  # the cycle is over: none is active
-        leaving = [task for task in tasks if hasattr(task.owner, "leave")]
-        for task in tasks:
-            if task.owner is not None and task not in leaving:
-                task.generator.close()
-        handlers = [task for task in tasks if task.owner is None]
         self._active, self._scheduled, self._waiting = [], [], {}
-        for task in handlers:
+        self._asked, self._sleeping = {}, []
+        left = set()
+        for task in tasks:
+            if isinstance(task.owner, MicroScheduler):
+                task.owner.shutdown = True
+            elif hasattr(task.owner, "leave"):
+                _close(task.generator)
+                task = _Task(task.owner.leave(), task.owner)
+            elif task.owner is not None:
+                _close(task.generator)
+                continue
+            if task.owner is not None:
+                left.add(task.owner)
             self._rest(task, task.waiting, self._active)
-        for task in leaving:
-            task.generator.close()
-            self._active.append(_Task(task.owner.leave(), task.owner))
-        left = {task.owner for task in leaving}
         while left:
             self._collect_ready()
             if not self._active:
@@ -348,8 +387,9 @@ class MicroScheduler:
                 yield 1
             self._active, self._scheduled = self._scheduled, []
         for task in (*self._active, *self._waiting):
-            task.generator.close()
+            _close(task.generator)
         self._active, self._waiting = [], {}
+        self._asked, self._sleeping = {}, []
 
 
 class _Idle:
@@ -359,6 +399,14 @@ class _Idle:
         self.ready = ready
         self.deadline = deadline
         self.hub = hub
+
+
+def _close(generator: Generator[Any, Any, Any]) -> None:
+    """Close a generator. What goes wrong in it then is no reason for the others not to leave."""
+    try:
+        generator.close()
+    except Exception:
+        logger.exception("a microthread failed when it was closed: %r", generator)
 
 
 def _tells(waitable: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pika
@@ -22,8 +22,10 @@ from postage.transport.subscriber import Delivery
 HEADER_LIMIT = 100_000
 #: Bytes that a text of ours is cut to, if the whole is too large: the traceback first.
 TEXT_LIMITS = (("postage-traceback", 16_384), ("postage-error", 4_096), ("postage-traceback", 0))
-#: Bytes of a short string of AMQP.
-_SHORT_STRING = 255
+#: Bytes of headers and properties that the broker takes in any case. Where our short texts are
+#: too much beside the original headers, the largest of those are left out, and named here.
+FRAME_LIMIT = 131_000
+LEFT_OUT = "postage-left-out"
 
 
 def parked_properties(
@@ -41,11 +43,11 @@ def parked_properties(
         fingerprint: Of the component that gives up.
     """
     original = delivery.properties
-    headers = dict(original.headers or {})
+    headers = {name: _carriable(value) for name, value in (original.headers or {}).items()}
     # A message that is published again with the broker's record of its dead letterings
     # would be taken for one that goes in circles, and dropped in silence.
     headers.pop("x-death", None)
-    headers |= {
+    own = {
         "postage-reason": reason,
         "postage-queue": delivery.queue.name,
         "postage-exchange": delivery.exchange,
@@ -54,9 +56,10 @@ def parked_properties(
         "postage-parked-by": " ".join(f"{key}={value}" for key, value in fingerprint.items()),
     }
     if error is not None:
-        headers["postage-exception"] = type(error).__name__
-        headers["postage-error"] = _printable(error)
-        headers["postage-traceback"] = "".join(traceback.format_exception(error))
+        own["postage-exception"] = type(error).__name__
+        own["postage-error"] = printable(error)
+        own["postage-traceback"] = "".join(traceback.format_exception(error))
+    headers |= {name: _encodable(text) for name, text in own.items()}
     properties = pika.BasicProperties(
         content_type=original.content_type,
         content_encoding=original.content_encoding,
@@ -71,19 +74,45 @@ def parked_properties(
         type=original.type,
         app_id=original.app_id,
     )
-    _shorten(properties, headers)
+    _shorten(properties, headers, own.keys())
     return properties
 
 
-def _printable(error: BaseException) -> str:
+def printable(error: BaseException | None) -> str:
+    """Return what an error says, also if it has a `__str__` that fails."""
     try:
         return str(error)
-    except Exception as failure:  # a __str__ that fails must not keep the message from parking
+    except Exception as failure:
         return f"({type(error).__name__} has no text: {type(failure).__name__})"
 
 
-def _shorten(properties: pika.BasicProperties, headers: dict[str, Any]) -> None:
-    """Cut our own texts until the headers fit."""
+def _encodable(text: Any) -> str:
+    """Return a text as UTF-8 can carry it, which has no surrogates.
+
+    pika leaves a name that is no UTF-8, such as a routing key, as bytes.
+    """
+    if isinstance(text, bytes):
+        return text.decode("utf-8", "backslashreplace")
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _carriable(value: Any) -> Any:
+    """Return the value of a header, or its text: pika reads types that it cannot write."""
+    try:
+        _size_of(value)
+    except Exception:  # a float, an int of 64 bits without sign, or a table with one of them
+        return _encodable(value)
+    return value
+
+
+def _size_of(value: Any) -> int:
+    return encoded_size(pika.BasicProperties(headers={"": value}))
+
+
+def _shorten(
+    properties: pika.BasicProperties, headers: dict[str, Any], own: Collection[str]
+) -> None:
+    """Cut our own texts until the headers fit, and leave the largest of the others if need be."""
     for name, limit in TEXT_LIMITS:
         if encoded_size(properties) <= HEADER_LIMIT:
             return
@@ -93,3 +122,8 @@ def _shorten(properties: pika.BasicProperties, headers: dict[str, Any]) -> None:
             headers[name] = (
                 text.encode("utf-8", "replace")[-limit:].decode("utf-8", "replace") if limit else ""
             )
+    others = sorted(headers.keys() - own, key=lambda name: _size_of(headers[name]))
+    while others and encoded_size(properties) > FRAME_LIMIT:
+        name = others.pop()
+        del headers[name]
+        headers[LEFT_OUT] = f"{headers.get(LEFT_OUT, '')} {_encodable(name)}".strip()

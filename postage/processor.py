@@ -37,7 +37,7 @@ from postage.futures import Future
 from postage.handlers import MessageHandler, MessageHandlerType, Registration
 from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread, sleep
-from postage.parking import parked_properties
+from postage.parking import parked_properties, printable
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
 from postage.topology import Eqk, error_queue
 from postage.transport.conversation import Script, declare_queue
@@ -52,6 +52,9 @@ _Processor = TypeVar("_Processor", bound="MessageProcessor")
 
 logger = logging.getLogger(__name__)
 
+#: Seconds after which a handler in a thread or a coroutine is trusted not to crash the process,
+#: and messages beside its own are delivered ahead: it may wait for one of them.
+TRUST_AFTER = 1.0
 #: Seconds before a message that could not be parked is given back to its queue.
 PARK_RETRY = 1.0
 
@@ -137,6 +140,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._error_queues: set[str] = set()
         self._farewell: tuple[Delivery, Verdict] | None = None
         self._stopping = False
+        self._ended = False
         self._pool: WorkerPool | None = None
         self._event_loop: EventLoop | None = None
 
@@ -164,7 +168,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self.create()
         yield 1
         self.consumer.start()
-        while True:
+        while not self._ended:
             if self._stopping or self._farewell is not None:
                 if (yield from self._depart()):
                     return
@@ -231,13 +235,14 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             return
 
         def later() -> Generator[Any, Any, None]:
-            callback()
+            if not self._ended:
+                callback()
             return
             yield
 
         if self.scheduler is None:
             raise PostageError("add_timeout with a callback needs a processor in a scheduler")
-        self.scheduler.spawn(later(), sleep(seconds))
+        self.scheduler.spawn(later(), _Until(self._hub, lambda: self._ended, seconds))
 
     @MessageHandler("command", "quit")
     def msg_quit(self, content: Any) -> None:
@@ -261,45 +266,58 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         Returns:
             Whether the broker took every settlement.
         """
+        if self._ended:
+            return True
         subscriber = self.consumer.subscriber
         subscriber.stop()
         yield _Until(self._hub, subscriber.stopped, self.grace)
         while (delivery := self.consumer.take()) is not None:
             subscriber.give_back(delivery)
         yield _Until(self._hub, lambda: not self._in_flight, self.grace)
-        for delivery, task in list(self._in_flight.items()):
+        for delivery in list(self._in_flight):
             logger.warning("%r did not end in %g s; it is delivered again", delivery, self.grace)
-            self._cancels.pop(delivery, _nothing)()
-            task.close()
-        self._in_flight.clear()
+            self._abandon(delivery)
         if self._farewell is not None:
             self.consumer.ack(self._farewell[0])
-        return self._end(self._farewell is not None)
+        return self._end()
 
     def close(self) -> None:
         """Let the connections go, without the ceremony of `leave()`."""
-        for task in list(self._in_flight.values()):
-            task.close()
-        self._in_flight.clear()
-        self._end(False)
+        if self._ended:
+            return
+        for delivery in list(self._in_flight):
+            self._abandon(delivery)
+        self._farewell = None
+        self._end()
+        self._inbox.notify()
 
-    def before_close(self, told_to_quit: bool) -> None:
+    def before_close(self, restarting: bool) -> None:
         """Hook: every message is settled, the connection is still there.
 
         Args:
-            told_to_quit: Whether the component quits for good because a message said so.
+            restarting: Whether this process goes on as a new run of the program.
         """
 
-    def _end(self, told: bool) -> bool:
+    def _abandon(self, delivery: Delivery) -> None:
+        """Give up a handler that still runs. Its message is delivered again."""
+        task = self._in_flight.pop(delivery)
+        self._cancels.pop(delivery, _nothing)()
+        is_running = inspect.getgeneratorstate(task) == inspect.GEN_RUNNING  # it closes us itself
+        if self.scheduler is not None and not is_running:
+            self.scheduler.discard(task)
+
+    def _end(self) -> bool:
         clean = self.consumer.subscriber.close(PUBLISH_TIMEOUT)
-        restarting = told and self._farewell is not None and self._farewell[1].fate is Fate.RESTART
-        if restarting and not clean:
+        told = self._farewell is not None and self._farewell[1].fate is Fate.RESTART
+        if told and not clean:
             return False  # it is delivered again; see _depart()
         if clean:
+            others = self.scheduler is not None and self.scheduler.finally_do is not None
             try:
-                self.before_close(told and not restarting)
+                self.before_close(restarting=told or others)
             except PostageError:
                 logger.exception("%r could not tidy up", self)
+        self._ended = True
         self.consumer.close()
         if self._pool is not None:
             self._pool.close(0.0)
@@ -364,7 +382,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             try:
                 yield from self._run(delivery, registration, (data,))
             except FilterError as error:
-                logger.debug("%s keeps %r from %s", error, delivery, registration.attribute)
+                keeper = printable(error)
+                logger.debug("%s keeps %r from %s", keeper, delivery, registration.attribute)
             except RejectMessage:
                 return Verdict(Fate.REJECT, "rejected")
             except _Ended:
@@ -391,11 +410,22 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         known = self._answered.repeated(header)
         if known is not None:
             if not known.done:
-                known.waiting.append(header)
-                return ACK
+                known.waiting.append(header)  # for what comes after what has come
             return (
                 yield from self._confirmed([self._reply(delivery, each) for each in known.replies])
             )
+        settled = False
+        try:
+            verdict = yield from self._answer_new(delivery, body, handlers)
+            settled = True
+        finally:
+            self._answered.finish(header.message_id, settled)
+        return verdict
+
+    def _answer_new(
+        self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
+    ) -> Handling:
+        header = delivery.properties
         answers: list[Future[None]] = []
 
         def reply_func(message: Any) -> None:
@@ -415,7 +445,6 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                     MessageResultError(f"the handler of {_kind(body)} ended without a reply")
                 )
         yield from self._confirmed(answers)
-        self._answered.finish(header.message_id, settled=True)
         return verdict
 
     def _run_rpc(
@@ -429,19 +458,21 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         try:
             yield from self._run(delivery, registration, (data, reply_func))
         except FilterError as error:
-            reply_func(MessageResultError(f"filtered: {error}" if str(error) else "filtered"))
+            text = printable(error)
+            reply_func(MessageResultError(f"filtered: {text}" if text else "filtered"))
         except _Ended:
             reply_func(MessageResultException("StopIteration", ""))
             return Verdict(Fate.STOP)
         except Exception as error:
-            reply_func(MessageResultException(type(error).__name__, str(error)))
+            text = printable(error)
+            reply_func(MessageResultException(type(error).__name__, text))
             if isinstance(error, RejectMessage):
                 return Verdict(Fate.REJECT, "rejected")
             if isinstance(error, ExitScheduler):
                 return Verdict(Fate.EXIT)
             if isinstance(error, AckAndRestart):
                 return Verdict(Fate.RESTART)
-            logger.debug("%s raised", registration.attribute, exc_info=error)
+            logger.error("%s failed: %s", registration.attribute, text, exc_info=error)
         return ACK
 
     def _run(
@@ -458,27 +489,32 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         for function, args, kwds in getattr(handler, "filters", ()):
             try:
                 data = function(data, *args, **kwds)
+            except FilterError:
+                raise
             except Exception as error:
-                raise (
-                    error if isinstance(error, FilterError) else FilterError(repr(error))
-                ) from error
+                raise FilterError(f"{type(error).__name__}: {printable(error)}") from error
         is_class = isinstance(handler, type)
         call = partial(handler, *((self,) if is_class else ()), data, *arguments[1:])
         if registration.threaded:
-            yield from self._run_in_thread(call)
-            return
-        try:
-            result = call()
-        except StopIteration:
-            raise _Ended from None
+            self.consumer.subscriber.trust(delivery.queue, TRUST_AFTER)
+            result = yield from self._run_in_thread(call)
+        else:
+            try:
+                result = call()
+            except StopIteration:
+                raise _Ended from None
         if is_class:
             result = getattr(result, "result", None)
         if inspect.isgenerator(result):
+            self.consumer.subscriber.trust(delivery.queue)
             yield from result
         elif inspect.iscoroutine(result):
+            self.consumer.subscriber.trust(delivery.queue, TRUST_AFTER)
             yield from self._run_in_event_loop(delivery, result)
+        elif inspect.isasyncgen(result):
+            raise TypeError(f"the handler {registration.attribute} is an asynchronous generator")
 
-    def _run_in_thread(self, call: Callable[[], Any]) -> Generator[Any, Any, None]:
+    def _run_in_thread(self, call: Callable[[], Any]) -> Generator[Any, Any, Any]:
         if self._pool is None:
             from postage import workers
 
@@ -486,7 +522,10 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             self._pool = workers.WorkerPool(self.threads, name)
         future: Future[Any] = Future(self._hub.wait, self._hub.nudge)
         self._pool.submit(call, future)
-        yield future
+        try:
+            return (yield future)
+        except StopIteration:
+            raise _Ended from None
 
     def _run_in_event_loop(self, delivery: Delivery, coroutine: Any) -> Generator[Any, Any, None]:
         if self._event_loop is None:
@@ -554,6 +593,10 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     # --------------------------------------------------------------------- consequences
 
     def _carry_out(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, None]:
+        obstacle = restart.obstacle() if verdict.fate is Fate.RESTART else None
+        if obstacle is not None:
+            logger.error("no restart: the new code cannot be compiled: %s", obstacle)
+            verdict = ACK
         if verdict.fate is Fate.PARK:
             yield from self._park(delivery, verdict)
         elif verdict.fate is Fate.REJECT:
@@ -572,7 +615,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             delivery.queue.name,
             queue,
             verdict.reason,
-            verdict.error,
+            printable(verdict.error),
             exc_info=verdict.error if verdict.reason == "failed" else None,
         )
         properties = parked_properties(delivery, verdict.reason, verdict.error, self.fingerprint)

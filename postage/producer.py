@@ -8,6 +8,7 @@ run in three steps: *build* the message, *compose* it with its pairs and propert
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import threading
@@ -72,6 +73,8 @@ logger = debugging.logger_of(__name__)
 BATCH_WINDOW = 2000
 #: Messages of a batch that are handed to the loop together.
 BATCH_CHUNK = 64
+#: Seconds that one of them waits at most for the others, whatever the block does meanwhile.
+BATCH_DELAY = 0.02
 #: Characters up to which a text fits into 255 bytes of UTF-8, whatever it is made of.
 _SHORT = 255 // 4
 
@@ -188,7 +191,7 @@ class GenericProducer:
     ``_message_id``    an id of your own
     ``_mandatory``     for this message only, instead of the attribute `mandatory`
     ``_persistent``    the same for `persistent`
-    ``_confirm``       the same for `confirm`
+    ``_confirm``       the same for `confirm`; not for RPC, which waits for more
     ``_max_retry``     RPC: how often an unanswered request is sent again
     ``_queue_only``    RPC: as ``rpc_queue_x``
     =================  ==============================================================
@@ -248,7 +251,7 @@ class GenericProducer:
             **(fingerprint or {}),
         }
         self._settings = settings_for(self.hup, self.vhost)
-        self._pairs = _checked(self.eks)
+        _checked(self.eks)
         self._replies = ReplyStream()
         self._collectors: dict[str, ReplyCollector] = {}
         self._pid = os.getpid()
@@ -274,7 +277,7 @@ class GenericProducer:
     @property
     def default_exchange(self) -> type[Exchange]:
         """The exchange that ``_key`` alone sends to."""
-        return self._pairs[0][0]
+        return _checked(self.eks)[0][0]
 
     @property
     def conn_broker(self) -> Connection:
@@ -307,7 +310,7 @@ class GenericProducer:
             "(producers make up message_*, rpc_* and rpc_queue_*)"
         )
 
-    def message(self, *args: Any, **kwds: Any) -> Any:
+    def message(self, /, *args: Any, **kwds: Any) -> Any:
         """Send a generic message: the arguments become ``content['args']`` and ``['kwds']``.
 
         Returns:
@@ -326,7 +329,7 @@ class GenericProducer:
             *args: Ignored, as in 1.2.1.
             **kwds: The underscore keywords of the magic methods.
         """
-        return self._send(self._compose_body(body, kwds), bool(kwds.get("_future", False)))
+        return self._send(self._compose_forward(body, kwds), bool(kwds.get("_future", False)))
 
     def batch(self) -> Batch:
         """Return a batch: a context manager with the sending methods of this producer.
@@ -345,15 +348,17 @@ class GenericProducer:
         builder = getattr(type(self), f"build_{name}", None) or vars(self).get(f"build_{name}")
         if builder is not None:
             return partial(builder, self) if hasattr(type(self), f"build_{name}") else builder
-        verb = name.removeprefix("message_" if command is MessageCommand else "rpc_")
+        is_rpc = command is not MessageCommand
+        verb = name.removeprefix("rpc_" if is_rpc else "message_")
+        known = _RPC_KEYWORDS if is_rpc else _MESSAGE_KEYWORDS
 
         def build(*args: Any, **kwds: Any) -> Message:
-            _refuse_unknown(name, kwds)
+            _refuse_unknown(name, kwds, known)
             return command(verb, command_parameters(args, kwds))
 
         return build
 
-    def _message_send(self, *args: Any, _callable: Builder, **kwds: Any) -> Any:
+    def _message_send(self, /, *args: Any, _callable: Builder, **kwds: Any) -> Any:
         future = bool(kwds.pop("_future", False))
         return self._send(self._compose(_callable, args, kwds), future)
 
@@ -363,16 +368,24 @@ class GenericProducer:
         message.fingerprint(**self._fingerprint())
         return self._compose_body(message.body, special)
 
+    def _compose_forward(self, body: Mapping[str, Any], kwds: Mapping[str, Any]) -> _Composed:
+        _refuse_unknown("forward", kwds.keys() - _MESSAGE_KEYWORDS, _MESSAGE_KEYWORDS)
+        return self._compose_body(body, kwds)
+
     def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> _Composed:
         pairs = self._get_eks(special)
         timeout = special.get("_timeout")
+        encoded_body = self._encode(body)
+        _show(encoded_body, pairs)
         return _Composed(
-            self._encode(body),
-            pika.BasicProperties(**self._build_message_properties(special, pairs)),
+            encoded_body,
+            self._build_message_properties(special, pairs),
             pairs,
             mandatory=bool(special.get("_mandatory", self.mandatory)),
             confirm=bool(special.get("_confirm", self.confirm)),
-            timeout=self.publish_timeout if timeout is None else _seconds("_timeout", timeout),
+            timeout=_seconds("publish_timeout", self.publish_timeout)
+            if timeout is None
+            else _seconds("_timeout", timeout),
         )
 
     def _send(self, composed: _Composed, as_future: bool) -> Any:
@@ -386,8 +399,6 @@ class GenericProducer:
                 future.fail(error)
 
         sending = _Sending(composed, finished)
-        if logger.isEnabledFor(debugging.DEBUG):
-            logger.debug("> %s to %s", composed.body, [each.pair for each in sending.publishings])
         start = partial(publisher.send, sending.publishings)
         if as_future:
             publisher.hub.call(start)
@@ -398,14 +409,14 @@ class GenericProducer:
 
     # -------------------------------------------------------------------------- RPC
 
-    def _rpc_send(self, *args: Any, _callable: Builder, **kwds: Any) -> Any:
+    def _rpc_send(self, /, *args: Any, _callable: Builder, **kwds: Any) -> Any:
         special = {name: kwds.pop(name) for name in _RPC_KEYWORDS & kwds.keys()}
         message = _callable(*args, **kwds)
         message.fingerprint(**self._fingerprint())
+        request = self._request(message, special)
         publisher = self._open()
         if special.get("_queue_only"):
-            return self._rpc_queue(publisher, message, special)
-        request = self._request(message, special)
+            return self._rpc_queue(publisher, request, special)
         reply = Reply(publisher.hub.wait, publisher.hub.nudge, self.encoder.decode)
         compat = (self.compat or compat_from_environment()) is not None
         caller = Caller(publisher, self._replies, request, reply, compat)
@@ -421,13 +432,15 @@ class GenericProducer:
         exchange, key = pairs[0]
         timeout, retries = special.get("_timeout"), special.get("_max_retry")
         if timeout is None or _seconds("_timeout", timeout, negative=True) < 0:
-            timeout = self.rpc_timeout
+            timeout = _seconds("rpc_timeout", self.rpc_timeout)
+        body = self._encode(message.body)
+        _show(body, pairs)
         return Request(
             exchange.spec(),
             key,
-            self._encode(message.body),
+            body,
             {
-                **self._build_message_properties(special, pairs),
+                **self._properties(special, pairs),
                 "delivery_mode": 2 if special.get("_persistent") else 1,  # it is sent again
             },
             timeout=float(timeout),
@@ -436,22 +449,22 @@ class GenericProducer:
             queue=exchange.queue_of(key),
         )
 
-    def _rpc_queue(self, publisher: Publisher, message: Message, special: Mapping[str, Any]) -> str:
-        request = self._request(message, special)
+    def _rpc_queue(self, publisher: Publisher, request: Request, special: Mapping[str, Any]) -> str:
+        refuse_in_coroutine("opening a reply queue", "await producer.rpc_x(..., _future=True)")
         collector = ReplyCollector(publisher)
-        queue = collector.open(self.publish_timeout)
-        properties = pika.BasicProperties(
-            **request.properties, reply_to=queue, correlation_id=new_message_id()
-        )
-        composed = _Composed(
-            request.body,
-            properties,
-            self._get_eks(special)[:1],
-            mandatory=request.mandatory,
-            confirm=True,
-            timeout=self.publish_timeout,
-        )
         try:
+            queue = collector.open(self.publish_timeout)
+            properties = pika.BasicProperties(
+                **request.properties, reply_to=queue, correlation_id=new_message_id()
+            )
+            composed = _Composed(
+                request.body,
+                properties,
+                self._get_eks(special)[:1],
+                mandatory=request.mandatory,
+                confirm=True,
+                timeout=self.publish_timeout,
+            )
             self._send(composed, as_future=False)
         except PostageError:
             collector.close()
@@ -476,18 +489,20 @@ class GenericProducer:
 
         Raises:
             TimeoutError: There were not that many replies in time.
+            ConnectionLostError: The queue was lost with the connection.
             ConfigurationError: The queue is not one of this producer's.
         """
+        refuse_in_coroutine("consume_rpc()", "use rpc_x(..., _future=True)")
         collector = self._collectors.pop(queue, None)
         if collector is None:
             raise ConfigurationError(
                 f"consume_rpc: {queue!r} is no reply queue of this producer; "
                 "it takes what rpc_queue_x() returned, once"
             )
-        refuse_in_coroutine("consume_rpc()", "use rpc_x(..., _future=True)")
         seconds = self.rpc_timeout if timeout is None or timeout < 0 else timeout
         try:
             bodies = collector.collect(result_len, seconds)
+            loss = collector.error
         finally:
             collector.close()
         results = [decoded_reply(body, self.encoder.decode) for body in bodies]
@@ -495,6 +510,8 @@ class GenericProducer:
             for result in results:
                 callback(result.body)
         if len(results) < result_len:
+            if loss is not None:
+                raise loss
             raise TimeoutError(f"{len(results)} of {result_len} replies within {seconds:g} s")
         return results or [MessageResultError("no reply was asked for")]
 
@@ -511,13 +528,20 @@ class GenericProducer:
         elif "_key" in special:
             pairs = [(self.default_exchange, special["_key"])]
         else:
-            return self._pairs
+            pairs = _checked(self.eks)  # not only in the constructor: it may be set later
         for _exchange, key in pairs:
             if not isinstance(key, str):
                 raise TypeError(f"the routing key {key!r} is no string")
         return pairs
 
     def _build_message_properties(
+        self,
+        special: Mapping[str, Any] | None = None,
+        pairs: Sequence[tuple[type[Exchange], str]] = (),
+    ) -> pika.BasicProperties:
+        return pika.BasicProperties(**self._properties(special or {}, pairs))
+
+    def _properties(
         self, special: Mapping[str, Any], pairs: Sequence[tuple[type[Exchange], str]]
     ) -> dict[str, Any]:
         headers = special.get("_headers")
@@ -532,7 +556,7 @@ class GenericProducer:
             "app_id": str(name) if name is not None else None,
             "headers": dict(headers) if headers else None,
         }
-        doubtful = max(len(key) for _exchange, key in pairs) > _SHORT or len(str(name)) > _SHORT
+        doubtful = any(len(key) > _SHORT for _exchange, key in pairs) or len(str(name)) > _SHORT
         if headers or doubtful or "_message_id" in special:
             for _exchange, key in pairs:
                 check_encodable(key, pika.BasicProperties(**properties))
@@ -575,7 +599,13 @@ class GenericProducer:
             self._closed = True
         if publisher is None or closed or publisher.hub.pid != os.getpid():
             return
+        if publisher.connection.state is connections.State.CLOSED:  # by close_all()
+            return
+        while self._collectors:
+            self._collectors.popitem()[1].close()
         publisher.close(timeout)
+        # Calls that are pending end now: with the hub their time-outs may go as well.
+        publisher.hub.wait(lambda: True, first=self._replies.deafened)
         connections.release(publisher.connection, timeout)
 
     @staticmethod
@@ -615,7 +645,8 @@ class Batch:
         self.unknown: list[tuple[str, Exception]] = []
         self._producer = producer
         self._publisher = producer._open()
-        self._chunk: list[Publishing] = []
+        self._chunk: collections.deque[Publishing] = collections.deque()
+        self._collecting = False
         self._sent = 0
         self._open = False
 
@@ -623,6 +654,7 @@ class Batch:
         return f"<Batch [{self._sent} sent, {self._settled} settled]>"
 
     def __enter__(self) -> Batch:
+        refuse_in_coroutine("the end of a batch", "run the batch in asyncio.to_thread()")
         self._open = True
         return self
 
@@ -633,6 +665,10 @@ class Batch:
         _trace: TracebackType | None,
     ) -> None:
         self._open = False
+        if self._publisher.hub.pid != os.getpid():
+            if kind is None:
+                self._check_fork()
+            return
         self._wait_for(lambda: self._settled >= self._sent)
         if kind is None and (self.failed or self.unknown):
             raise BatchError(self.confirmed, self.failed, self.unknown)
@@ -644,25 +680,36 @@ class Batch:
             )
         return partial(self._build_and_send, self._producer._builder(name, MessageCommand))
 
-    def message(self, *args: Any, **kwds: Any) -> None:
+    def message(self, /, *args: Any, **kwds: Any) -> None:
         """Send a generic message, as `GenericProducer.message()`."""
         self._build_and_send(_generic, *args, **kwds)
 
     def forward(self, body: Mapping[str, Any], *args: Any, **kwds: Any) -> None:
         """Send a body on as it is, as `GenericProducer.forward()`."""
-        self._send(self._producer._compose_body(body, kwds))
+        self._refuse_future(kwds)
+        self._send(self._producer._compose_forward(body, kwds))
 
     @property
     def _settled(self) -> int:
         return len(self.confirmed) + len(self.failed) + len(self.unknown)
 
-    def _build_and_send(self, build: Builder, *args: Any, **kwds: Any) -> None:
+    def _build_and_send(self, build: Builder, /, *args: Any, **kwds: Any) -> None:
+        self._refuse_future(kwds)
         self._send(self._producer._compose(build, args, kwds))
 
+    @staticmethod
+    def _refuse_future(kwds: Mapping[str, Any]) -> None:
+        if kwds.get("_future"):
+            raise TypeError("a batch takes no _future: it waits for all of its messages at its end")
+
+    def _check_fork(self) -> None:
+        connections.check_fork(self._publisher.connection, "the batch")
+
     def _send(self, composed: _Composed) -> None:
+        self._check_fork()
+        if not self._open:
+            raise ClosedError("a batch sends inside its with block")
         hub = self._publisher.hub
-        if not self._open or hub.pid != os.getpid():
-            raise ClosedError("a batch sends inside its with block, in the process that opened it")
         message_id = composed.message_id
 
         def finished(error: PostageError | None) -> None:
@@ -679,26 +726,48 @@ class Batch:
             if self._sent - self._settled > BATCH_WINDOW:
                 self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
             else:
-                chunk, self._chunk = self._chunk, []
-                hub.call(partial(self._publisher.send, chunk))
+                hub.call(self._hand_over)
+        elif not self._collecting:  # cleared before the chunk is handed over
+            self._collecting = True
+            hub.post(self._hand_over_soon)
 
     def _wait_for(self, ready: Callable[[], bool]) -> None:
-        chunk, self._chunk = self._chunk, []
-        self._publisher.hub.wait(ready, first=partial(self._publisher.send, chunk))
+        self._publisher.hub.wait(ready, first=self._hand_over)
+
+    # The rest is called by the leader.
+
+    def _hand_over_soon(self) -> None:
+        self._publisher.hub.call_later(BATCH_DELAY, self._hand_over_late)
+
+    def _hand_over_late(self) -> None:
+        self._collecting = False
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        chunk = []
+        while self._chunk:
+            chunk.append(self._chunk.popleft())
+        if chunk:
+            self._publisher.send(chunk)
+
+
+def _show(body: bytes, pairs: Iterable[tuple[type[Exchange], str]]) -> None:
+    if logger.isEnabledFor(debugging.DEBUG):
+        logger.debug("> %s to %s", body, [(exchange.name, key) for exchange, key in pairs])
 
 
 def _generic(*args: Any, **kwds: Any) -> Message:
-    _refuse_unknown("message", kwds)
+    _refuse_unknown("message", kwds, _MESSAGE_KEYWORDS)
     return Message(*args, **kwds)
 
 
-def _refuse_unknown(name: str, kwds: Iterable[str]) -> None:
+def _refuse_unknown(name: str, kwds: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a mistyped underscore keyword, which would else become part of the message."""
     unknown = sorted(key for key in kwds if key.startswith("_"))
     if unknown:
         raise TypeError(
             f"{name}() got unexpected keyword(s) {', '.join(unknown)}; those that steer it are "
-            f"{', '.join(sorted(_MESSAGE_KEYWORDS | _RPC_KEYWORDS))}"
+            f"{', '.join(sorted(known))}"
         )
 
 

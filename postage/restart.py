@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from postage.transport import connection as connections
@@ -55,6 +56,22 @@ def command_line() -> list[str]:
     ):
         arguments[position] = os.path.abspath(script)
     return [sys.executable, *arguments]
+
+
+def obstacle() -> str | None:
+    """Return why a new run would not even begin, or None.
+
+    One broadcast reaches every instance. If the new code of the program cannot be compiled,
+    all of them would end, so they stay with the old code instead.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    if script is None:
+        return None  # python -c, or embedded
+    try:
+        compile(Path(script).read_bytes(), script, "exec", dont_inherit=True)
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"{script}: {error}"
+    return None
 
 
 def execute(message_id: str | None = None) -> NoReturn:

@@ -20,6 +20,7 @@ handler again.
 from __future__ import annotations
 
 import collections
+import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ from pika.channel import Channel
 
 from postage.encoders import Encoder
 from postage.errors import (
-    NOT_FOUND,
+    BrokerBlockedError,
     ChannelClosedError,
     ConnectionLostError,
     PostageError,
+    PublishTimeoutError,
     TransportError,
+    UnroutableError,
 )
 from postage.futures import Future
 from postage.messages import (
@@ -49,6 +52,8 @@ from postage.topology import ExchangeSpec
 from postage.transport.publisher import DIRECT_REPLY_TO, Fate, Publisher, Publishing
 from postage.transport.replies import ReplyQueue, ReplyStream
 
+logger = logging.getLogger(__name__)
+
 #: Seconds without a reply after which a call looks whether anybody consumes its queue,
 #: and between that look and the second one. A service that restarts is back by then.
 LOOK_AFTER = 1.0
@@ -57,6 +62,8 @@ LOOKS = 2
 #: Header that tells a service how many milliseconds its caller waits. A duration, not a
 #: time of day: clocks of two hosts differ, and no call may be skipped for that.
 TIMEOUT_HEADER = "postage-timeout"
+#: What a publishing that is late says. It does not know of the earlier ones of its call.
+_UNSENT = (PublishTimeoutError, BrokerBlockedError)
 #: Largest number that fits the 32 bits which every AMQP library reads alike.
 _INT_MAX = 2**31 - 1
 
@@ -108,9 +115,10 @@ class Reply(Future[Message]):
 
 def decoded_reply(body: bytes, decode: Callable[[bytes], Any]) -> Message:
     """Return the result message of a reply's body. Never raises for what a peer sent."""
+    logger.debug("< %s", body)
     try:
         return message_from_reply(decode(body))
-    except PostageError as error:
+    except Exception as error:  # of an encoder that knows no DecodeError, too
         return MessageResultError(f"Malformed reply: {error}")
 
 
@@ -142,9 +150,11 @@ class Caller:
         self._hub = publisher.hub
         self._id = new_message_id()
         self._attempts = 0
+        self._is_sent = False  # perhaps: it was written once
         self._looks = 0
         self._publishing: Publishing | None = None
         self._queue: ReplyQueue | None = None
+        self._reply_to = ""  # its name, from the moment that it is consumed
         self._timers: list[object] = []
 
     def start(self) -> None:
@@ -162,6 +172,7 @@ class Caller:
         One that was not taken yet is published again by the publisher.
         """
         if self._publishing is not None and self._publishing.fate is not None:
+            self._is_sent = True
             self._publish(DIRECT_REPLY_TO)
 
     # ----------------------------------------------------------------------- inside
@@ -180,14 +191,25 @@ class Caller:
     def _open_queue(self, _result: Any, error: TransportError | None) -> None:
         if self._reply.ready():
             return
+
+        def opened(name: str) -> None:
+            if queue is self._queue:
+                self._reply_to = name
+                self._publish(name)
+            else:  # the call, or this attempt, ended before
+                queue.close()
+
+        def lost(trouble: TransportError) -> None:
+            if queue is self._queue:
+                self._lose_queue(trouble)
+
         try:
             if error is not None:
                 raise error
             self._close_queue()
-            self._queue = ReplyQueue(
-                self._publisher.connection, opened=self._publish, lost=self._lose_queue
-            )
-            self._queue.on_reply = self.replied
+            queue = ReplyQueue(self._publisher.connection, opened=opened, lost=lost)
+            queue.on_reply = self.replied
+            self._queue = queue
         except ConnectionLostError:  # on to the next connection
             self._publisher.connection.probe(_wait_for_connection, self._open_queue)
         except TransportError as refusal:
@@ -223,9 +245,11 @@ class Caller:
         self._publisher.send([self._publishing])
 
     def _settled(self, publishing: Publishing) -> None:
-        if publishing is not self._publishing or publishing.fate is Fate.UNKNOWN:
-            return  # of an earlier attempt; or perhaps taken, then the reply decides
-        if publishing.error is not None:
+        if publishing.fate in (Fate.CONFIRMED, Fate.UNKNOWN):
+            self._is_sent = True  # then the reply decides
+        elif self._is_sent and isinstance(publishing.error, _UNSENT):
+            pass  # true of this one; the time-out says what is true of the call
+        elif publishing is self._publishing and publishing.error is not None:
             self._fail(publishing.error)
 
     def _look(self) -> None:
@@ -241,10 +265,11 @@ class Caller:
     def _looked(self, consumers: Any, error: TransportError | None) -> None:
         if self._reply.ready() or consumers:
             return
+        if isinstance(error, ChannelClosedError):
+            return  # it is somebody's own (405), or is not the one that the request went to (404)
         if error is not None:
-            if not isinstance(error, ChannelClosedError) or error.code != NOT_FOUND:
-                self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
-            return  # it does not exist: then it is not the one that the request went to
+            self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+            return
         self._looks += 1
         if self._looks < LOOKS:
             self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
@@ -258,8 +283,11 @@ class Caller:
 
     def _time_out(self) -> None:
         self._cancel_timers()
-        if self._publishing is not None and self._publisher.withdraw(self._publishing):
-            self._fail(self._publisher.unsent(self._publishing))
+        publishing = self._publishing
+        is_held = publishing is None or self._publisher.withdraw(publishing)
+        self._is_sent |= publishing is not None and publishing.in_doubt
+        if is_held and not self._is_sent:
+            self._fail(self._unsent(publishing))
         elif self._attempts > self._request.max_retry:
             tries = f"{self._attempts} times {self._request.timeout:g} s"
             self._finish(
@@ -272,8 +300,19 @@ class Caller:
         else:
             self._attempt()
 
+    def _unsent(self, publishing: Publishing | None) -> PostageError:
+        if publishing is not None:
+            return self._publisher.unsent(publishing)
+        connection = self._publisher.connection
+        return PublishTimeoutError(
+            f"call exchange {self._request.exchange.name!r} key {self._request.key!r}: certainly "
+            f"not sent, no reply queue on {connection.settings} in time{connection.trouble()}"
+        )
+
     def _fail(self, error: PostageError) -> None:
-        self._finish(MessageResultException(type(error).__name__, str(error)))
+        # The advice to messages, that nobody need listen, is none to a call.
+        text = f"{error.fact}: start the service" if isinstance(error, UnroutableError) else error
+        self._finish(MessageResultException(type(error).__name__, str(text)))
 
     def _finish(self, result: bytes | Message) -> None:
         self._cancel_timers()
@@ -283,9 +322,11 @@ class Caller:
         future.set(result)
 
     def _close_queue(self) -> None:
-        if self._queue is not None:
+        # RabbitMQ deletes it with its consumer. Without one yet, it would stay.
+        if self._queue is not None and self._reply_to:
             self._queue.close()
-            self._queue = None
+        self._queue = None
+        self._reply_to = ""
 
     def _cancel_timers(self) -> None:
         for timer in self._timers:
@@ -310,6 +351,7 @@ class ReplyCollector:
         self._publisher = publisher
         self._name: Future[str] = Future(publisher.hub.wait)
         self._queue: ReplyQueue | None = None
+        self._closed = False
 
     def open(self, timeout: float) -> str:
         """Open the queue and return its name.
@@ -319,21 +361,32 @@ class ReplyCollector:
         """
         connection = self._publisher.connection
 
+        def named(name: str) -> None:
+            self._name.set(name)
+            if self._closed and self._queue is not None:  # before it was open
+                self._queue.close()
+
         def opened(_result: Any, error: TransportError | None) -> None:
             try:
                 if error is not None:
                     raise error
-                self._queue = ReplyQueue(connection, self._name.set, self._name.fail)
+                if not self._closed:
+                    self._queue = ReplyQueue(connection, named, self._name.fail)
             except TransportError as trouble:
                 self._name.fail(trouble)
 
-        self._publisher.hub.wait(
-            self._name.ready, timeout, first=lambda: connection.probe(_wait_for_connection, opened)
-        )
+        def first() -> None:
+            connection.probe(_wait_for_connection, opened, timeout)
+
+        if not self._publisher.hub.wait(self._name.ready, timeout, first):
+            raise PublishTimeoutError(
+                f"no reply queue on {connection.settings} within {timeout:g} s"
+                f"{connection.trouble()}: nothing was sent"
+            )
         return self._name.result(0)
 
     def collect(self, count: int, timeout: float) -> list[bytes]:
-        """Return `count` replies, or fewer if the time is over before."""
+        """Return `count` replies, or fewer if the time is over, or the queue gone, before."""
         queue = self._queue
         assert queue is not None
         self._publisher.hub.wait(
@@ -341,9 +394,15 @@ class ReplyCollector:
         )
         return [queue.replies.popleft() for _ in range(min(count, len(queue.replies)))]
 
+    @property
+    def error(self) -> TransportError | None:
+        """Why the queue is gone, with what was in it, or None."""
+        return self._queue.error if self._queue is not None else None
+
     def close(self) -> None:
         """Let the broker delete the queue."""
-        if self._queue is not None:
+        self._closed = True
+        if self._queue is not None and self._name.ready():  # else when it is consumed
             self._publisher.hub.call(self._queue.close)
 
 

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from postage.futures import Future
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that cancelled coroutines have to end. One that blocks its thread, or does not let
+#: itself be cancelled, is abandoned.
+CANCEL_GRACE = 5.0
 
 
 class WorkerPool:
@@ -37,7 +45,8 @@ class WorkerPool:
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<WorkerPool [{len(self._threads)} of {self._size} threads, {len(self._work)} waiting]>"
+        threads, waiting = len(self._threads), len(self._work)
+        return f"<WorkerPool [{threads} of {self._size} threads, {waiting} waiting]>"
 
     def submit(self, function: Callable[[], Any], future: Future[Any]) -> None:
         """Run a function in a thread, and set the future to what it returns or raises."""
@@ -90,8 +99,8 @@ class EventLoop:
         running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
         def done(_running: Any) -> None:
-            if running.cancelled():
-                future.fail(asyncio.CancelledError())
+            if running.cancelled():  # asyncio's own error is no Exception, and would end all
+                future.fail(concurrent.futures.CancelledError("the coroutine was cancelled"))
                 return
             error = running.exception()
             if error is not None:
@@ -105,19 +114,25 @@ class EventLoop:
     def close(self) -> None:
         """Cancel what runs and end the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(CANCEL_GRACE)
+        if self._thread.is_alive():
+            logger.warning("a coroutine did not end in %g s; it is abandoned", CANCEL_GRACE)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
         finally:
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(_cancel_others())
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 _lock = threading.Lock()

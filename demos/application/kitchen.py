@@ -46,9 +46,9 @@ class Waiter(GenericApplication):
         else:
             reply_func(messaging.MessageResultError(f"Sorry, no {dish} today: {meal.message}"))
 
-    def before_close(self, told_to_quit):
+    def before_close(self, restarting):
         self.kitchen.close()
-        super().before_close(told_to_quit)
+        super().before_close(restarting)
 
 
 APPLICATIONS = {"cook": Cook, "waiter": Waiter}

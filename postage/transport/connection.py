@@ -185,6 +185,7 @@ class Connection:
         self._hosts: list[tuple[str, int]] = []
         self._rounds = 0
         self._was_ready = False
+        self._interrupted = False
         self._ready_since = 0.0
         self._aborted = False
         self._timer: object | None = None
@@ -403,13 +404,16 @@ class Connection:
             trouble: TransportError = translated(error)
         else:
             trouble = ConnectionFailedError(f"no connection to {self.settings}: {_words(error)}")
-        if self.last_error is None:  # once an outage
-            logger.warning("%s; trying again until it works", trouble)
+        final = not opened and not self._was_ready and _is_final(error)
+        if self.last_error is None and not final:  # once an outage
+            level = logging.DEBUG if self._interrupted else logging.WARNING
+            logger.log(level, "%s; trying again until it works", trouble)
+        self._interrupted = False
         if not isinstance(self.last_error, ConnectionFailedError) or not opened:
             self.last_error = trouble
         for tenant in tuple(self._tenants):
             tenant.disconnected(trouble)
-        if not opened and not self._was_ready and _is_final(error):
+        if final:
             self._refuse(ConnectionFailedError(str(trouble)))
         pause = 0.0
         if not self._hosts:
@@ -482,6 +486,7 @@ class Connection:
 
     def _abandon(self, error: BaseException) -> None:
         """Start anew: the loop broke in the middle of something (`Hub.on_broken`)."""
+        self._interrupted = not isinstance(error, Exception)  # Ctrl-C is no outage
         self.abort(ConnectionLostError(f"interrupted by {type(error).__name__}"))
 
     def _close(self, grace: float, clean: Future[bool]) -> None:
@@ -590,6 +595,8 @@ def _words(error: BaseException) -> str:
         (connection_workflow.AMQPConnectorStackTimeout, pika_errors.ConnectionOpenAborted),
     ):
         return "it did not answer in time"
+    if isinstance(root, ConnectionRefusedError):
+        return "nothing listens there; start RabbitMQ, or say in POSTAGE_URL where it is"
     return str(root) or type(root).__name__
 
 

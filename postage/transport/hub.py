@@ -29,7 +29,7 @@ The rules that keep this sound, each named again where it is kept:
     comes back if it then sees that the queue is not empty any more;
  3. one heir is woken, and an heir that does not need the chair passes it on;
  4. a follower looks again after it registered, and the leader looks at all
-    followers before it polls or leaves, so no wake-up is missed;
+    followers before it polls, so no wake-up is missed;
  5. callbacks record facts; nothing in them waits (`HubReentered`);
  6. nothing that a callback raises may leave the poll;
  7. signal handlers set flags, and a signal ends the poll;
@@ -47,6 +47,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import signal
@@ -79,11 +81,30 @@ FORK_PATIENCE = 10.0
 PUSHES = 3
 
 
+class _Timer:
+    """A handle of `_Loop.call_later()`."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+
 class _Loop(IOLoop):
-    """pika's loop, which also knows the descriptors that it watches."""
+    """pika's loop, which also knows the descriptors that it watches, and keeps the timers.
+
+    An exception that leaves pika's own `process_timeouts()` takes the other timers along
+    that were due. One that strikes while pika compares two timers leaves them in disorder:
+    from then on a poll lasts too long. Tuples are compared without a line of Python.
+    """
 
     def __init__(self) -> None:
         self.watched: set[int] = set()
+        #: Seconds that the next poll lasts at most, or None for until the next timer.
+        self.limit: float | None = None
+        self._timers: list[tuple[float, int, _Timer]] = []  # a heap
+        self._numbers = itertools.count()
+        self._cancelled = 0
         super().__init__()
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
@@ -93,6 +114,39 @@ class _Loop(IOLoop):
     def remove_handler(self, fd: int) -> None:
         self.watched.discard(fd)
         super().remove_handler(fd)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
+        timer = _Timer(callback)
+        due = time.monotonic() + max(0.0, delay)
+        heapq.heappush(self._timers, (due, next(self._numbers), timer))
+        return timer
+
+    def remove_timeout(self, timeout_handle: Any) -> None:
+        if timeout_handle.callback is None:
+            return
+        timeout_handle.callback = None
+        self._cancelled += 1
+        if self._cancelled > max(1000, len(self._timers) / 2):  # most deadlines are cancelled
+            self._cancelled = 0
+            timers = [each for each in self._timers if each[2].callback is not None]
+            heapq.heapify(timers)
+            self._timers = timers
+
+    def process_timeouts(self) -> None:
+        super().process_timeouts()
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                callback()
+
+    def _get_remaining_interval(self) -> float | None:
+        """Tell how long to poll. Asked by pika's poller."""
+        intervals = [super()._get_remaining_interval(), self.limit]
+        if self._timers:
+            intervals.append(max(0.0, self._timers[0][0] - time.monotonic()))
+        return min((each for each in intervals if each is not None), default=None)
 
 
 class _Gate:
@@ -146,17 +200,6 @@ class _Visit:
             return True
 
 
-class _Timer:
-    """A function that is due at a time, on the monotonic clock."""
-
-    __slots__ = ("due", "function", "handle")
-
-    def __init__(self, due: float, function: Callable[[], None]) -> None:
-        self.due = due
-        self.function = function
-        self.handle: Any = None
-
-
 class Hub:
     """One I/O loop, run by whichever thread needs it.
 
@@ -179,7 +222,6 @@ class Hub:
         #: What to run, and the visit that wants to know what it raises.
         self._calls: collections.deque[tuple[Callable[[], None], _Visit | None]]
         self._calls = collections.deque()
-        self._timers: set[_Timer] = set()
         self._unpushed = False  # something of ours ran since the last poll and may have written
         self._freezer: _Visit | None = None  # the thread that forks: all others leave the chair
         self._closed = False
@@ -196,7 +238,7 @@ class Hub:
             state = "closed"
         elif leader is None:
             state = "no leader"
-        elif leader.thread == self._guard.ident:
+        elif self._guarded:
             state = "led by the guard"
         else:
             state = f"led by thread {leader.thread}"
@@ -261,38 +303,14 @@ class Hub:
         visit = _Visit(ready)
         if first is not None:
             self._calls.append((first, visit))  # rule 1
-        waker_owed = first is not None
         with visit.here:
-            while waker_owed or not visit.over():
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0 and not waker_owed:
-                    return False
-                if self._closed:
-                    raise ClosedError("the I/O loop was closed while something waited for it")
-                if self._take(visit):
-                    waker_owed = False
-                    try:
-                        self._lead(visit.over, deadline)
-                    finally:
-                        self._release(visit)
-                    continue
-                with self._lock:
-                    leader = self._occupant()
-                    if self._closed or (leader is None and self._freezer is None):
-                        continue  # nobody would wake us: leave, or take the empty chair
-                    self._waiters.append(visit)
-                guard_leads = leader is not None and leader.thread == self._guard.ident
-                try:
-                    if waker_owed or guard_leads:
-                        self.wake()  # the leader has a call to run, or is the guard and yields
-                        waker_owed = False
-                    if not visit.over():  # rule 4: it may have come true before we registered
-                        visit.gate.wait(left)
-                finally:
-                    self._forget(visit)
+            try:
+                held = self._lead_or_follow(visit, deadline, waker_owed=first is not None)
+            finally:
+                self._forget(visit)
         if visit.error is not None:  # rule 6: it goes to whoever asked
             raise visit.error
-        return True
+        return held
 
     def wake(self) -> None:
         """End the leader's poll. Safe everywhere, also in a signal handler."""
@@ -321,6 +339,7 @@ class Hub:
                 return
             self._closed = True
         self._freeze()
+        self._leader = None  # nobody can take the chair any more
         self._wake_all()
         self.loop.remove_handler(self._wakeup_reader.fileno())
         self.loop.close()
@@ -331,21 +350,16 @@ class Hub:
 
     def call_later(self, delay: float, function: Callable[[], None]) -> Any:
         """Run a function after a delay in seconds. Returns a handle for `cancel()`."""
-        timer = _Timer(time.monotonic() + delay, self.shielded(function))
-        self._timers.add(timer)
-        self._set(timer)
-        return timer
+        return self.loop.call_later(delay, self.shielded(function))
 
     def cancel(self, handle: Any) -> None:
         """Forget a timer that `call_later()` made."""
-        self._timers.discard(handle)
-        self.loop.remove_timeout(handle.handle)
+        self.loop.remove_timeout(handle)
 
     def shielded(self, function: Callable[..., None]) -> Callable[..., None]:
         """Wrap a callback for pika, so that what it raises ends in the log.
 
-        Rule 6: an exception in a delivery callback would abort the connection, one in
-        a timer would lose the other timers that are due, heartbeats among them.
+        Rule 6: an exception in a delivery callback would abort the connection.
         """
 
         def shield(*args: Any, **kwds: Any) -> None:
@@ -370,12 +384,19 @@ class Hub:
         leader = self._leader
         return leader if leader is not None and leader.here.locked() else None
 
+    @property
+    def _guarded(self) -> bool:
+        leader = self._occupant()
+        return leader is not None and leader.thread == self._guard.ident
+
     def _take(self, visit: _Visit) -> bool:
         with self._lock:
             if self._closed or self._occupant() is not None:
                 return False
             if self._freezer is not None and self._freezer.thread != visit.thread:
                 return False
+            if visit in self._waiters:
+                self._waiters.remove(visit)
             self._leader = visit
             return True
 
@@ -389,13 +410,12 @@ class Hub:
                     if not self._unpushed:
                         break
                     self._poll(0.0)  # rule 2: pika only buffers, a poll pushes the bytes out
-                self._look()
                 heir = self._leave(visit)
                 # rule 2: what was appended meanwhile saw us in the chair
                 if not self._calls or not self._take(visit):
                     break
         except BaseException:
-            heir = self._leave(visit)
+            heir = self._leave(visit) or heir
             raise
         finally:
             if heir is not None:
@@ -415,9 +435,22 @@ class Hub:
             del self._waiters[0]  # an interrupt carried it away
         return self._waiters[0] if self._waiters else None
 
+    def _follow(self, visit: _Visit) -> bool:
+        """Register a follower, unless nobody would wake it."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the I/O loop was closed while something waited for it")
+            if self._occupant() is None and self._freezer is None:
+                return False  # the chair is empty again
+            if visit not in self._waiters:
+                self._waiters.append(visit)
+            return True
+
     def _forget(self, visit: _Visit) -> None:
         """Unregister a follower. If it was the heir and goes, the next one is told (rule 3)."""
         with self._lock:
+            if visit not in self._waiters:
+                return
             self._waiters.remove(visit)
             heir = self._heir() if self._occupant() is None else None
         if heir is not None:
@@ -435,27 +468,40 @@ class Hub:
         for visit in waiters:
             visit.gate.open()
 
+    def _lead_or_follow(self, visit: _Visit, deadline: float | None, waker_owed: bool) -> bool:
+        while waker_owed or not visit.over():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0 and not waker_owed:
+                return False
+            if self._take(visit):
+                waker_owed = False
+                try:
+                    self._lead(visit.over, deadline)
+                finally:
+                    self._release(visit)
+            elif self._follow(visit):
+                if waker_owed or self._guarded:
+                    self.wake()  # the leader has a call to run, or is the guard and steps aside
+                    waker_owed = False
+                if not visit.over():  # rule 4: it may have come true before we registered
+                    visit.gate.wait(left)
+        return True
+
     def _lead(
         self,
         ready: Callable[[], bool],
         deadline: float | None,
         idle: Callable[[], bool] | None = None,
     ) -> None:
-        timer = None
-        if deadline is not None:
-            timer = self.loop.call_later(max(0.0, deadline - time.monotonic()), _nothing)
-        try:
-            while True:
-                self._run_calls()
-                self._look()
-                if ready() or (idle is not None and idle()) or self._freezer is not None:
-                    return
-                if self._closed or (deadline is not None and time.monotonic() >= deadline):
-                    return
-                self._poll()
-        finally:
-            if timer is not None:
-                self.loop.remove_timeout(timer)
+        while True:
+            self._run_calls()
+            self._look()
+            if ready() or (idle is not None and idle()) or self._freezer is not None:
+                return
+            left = None if deadline is None else deadline - time.monotonic()
+            if self._closed or (left is not None and left <= 0):
+                return
+            self._poll(left)
 
     def _run_calls(self) -> None:
         for _ in range(len(self._calls)):  # not those that they append: each round must end
@@ -479,9 +525,8 @@ class Hub:
     def _poll(self, limit: float | None = None) -> None:
         """Wait for events and dispatch them; 0 means only those that are there."""
         self._unpushed = False
-        if self._calls:  # appended by those that just ran; looked at after _unpushed (`nudge()`)
-            limit = 0.0
-        timer = None if limit is None else self.loop.call_later(limit, _nothing)
+        # Some were appended by those that just ran. After the line above, see `nudge()`.
+        self.loop.limit = 0.0 if self._calls else limit
         try:
             self.loop.poll()
             self.loop.process_timeouts()
@@ -491,26 +536,13 @@ class Hub:
         except BaseException as error:  # KeyboardInterrupt, anywhere between two lines of pika
             self._break(error)
             raise
-        finally:
-            if timer is not None:
-                self.loop.remove_timeout(timer)
 
     def _break(self, error: BaseException) -> None:
-        for timer in tuple(self._timers):  # rule 6: pika forgot those that were due
-            self.loop.remove_timeout(timer.handle)
-            self._set(timer)
         for callback in tuple(self.on_broken):
             try:
                 callback(error)
             except Exception:
                 logger.exception("a connection could not be abandoned: %r", callback)
-
-    def _set(self, timer: _Timer) -> None:
-        def ring() -> None:
-            self._timers.discard(timer)
-            timer.function()
-
-        timer.handle = self.loop.call_later(max(0.0, timer.due - time.monotonic()), ring)
 
     def _drain_wakeups(self, _fd: int, _events: int) -> None:
         with contextlib.suppress(OSError):
@@ -614,10 +646,6 @@ class Hub:
         for descriptor in (*self.loop.watched, self._wakeup_writer.fileno()):
             os.dup2(null, descriptor, inheritable=False)
         os.close(null)
-
-
-def _nothing() -> None:
-    """A timer's callback: it only ends a poll."""
 
 
 def _never() -> bool:

@@ -11,6 +11,11 @@ is a channel and its exchange is known, then *written*, and it ends with one fat
     held, at the deadline ────────> UNSENT     certainly not sent
     written or in doubt, at the deadline ──> UNKNOWN
 
+What the broker will not even look at (a property that makes no sense, a user who may not
+write) closes the channel, and the broker does not say which message it was. So all that
+was on its way is sent again one by one, and the one that closes the channel while it is
+alone is NACKED.
+
 Everything in `Publisher` is called by the leader of the hub, except where it says so.
 """
 
@@ -25,11 +30,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import pika
-from pika import exceptions as pika_errors
 from pika.channel import Channel
 
 from postage.errors import (
+    NOT_FOUND,
     BrokerBlockedError,
+    ChannelClosedError,
     ClosedError,
     ConnectionFailedError,
     EncodingError,
@@ -47,7 +53,7 @@ from postage.transport.conversation import Script, converse, translated
 logger = logging.getLogger(__name__)
 
 #: Bytes that a content header takes beside its properties, and that a frame adds.
-_HEADER_OVERHEAD = 14 + 8
+_HEADER_OVERHEAD = 12 + 8
 #: The frame size that RabbitMQ offers by default (its `frame_max`), in bytes.
 _FRAME_MAX = 131_072
 #: Bytes that a short string of AMQP holds (AMQP 0-9-1, 4.2.5.3).
@@ -95,6 +101,7 @@ class Publishing:
         "properties",
         "returned",
         "settled",
+        "suspect",
         "wants_reply",
     )
 
@@ -124,6 +131,7 @@ class Publishing:
         self.error: PostageError | None = None
         self.returned = False
         self.in_doubt = False
+        self.suspect = False
 
     def __repr__(self) -> str:
         fate = self.fate.value if self.fate else "in doubt" if self.in_doubt else "on its way"
@@ -165,6 +173,7 @@ class Publisher:
         self._next_tag = 1
         self._held: collections.deque[Publishing] = collections.deque()
         self._written: dict[int, Publishing] = {}  # by delivery tag, oldest first
+        self._alone = False  # what was written last is a suspect
         self._declaring = False
         self._alarm: object | None = None
         self._alarm_at = 0.0
@@ -203,12 +212,12 @@ class Publisher:
         self._pump()
 
     def withdraw(self, publishing: Publishing) -> bool:
-        """Take back what is still held. Returns whether it was."""
+        """Take back what is still held. Returns whether it is certainly not sent."""
         try:
             self._held.remove(publishing)
         except ValueError:
             return False
-        return True
+        return not publishing.in_doubt
 
     def shut(self) -> None:
         """Close the channel and settle what is left as it stands."""
@@ -217,8 +226,9 @@ class Publisher:
         self._closed = True
         self.connection.leave(self)
         for channel in (self._channel, self._preparing):
-            if channel is not None and channel.is_open:
+            if channel is not None and not (channel.is_closing or channel.is_closed):
                 channel.close()
+        self._channel = self._preparing = None
         self._expire(float("inf"))
         if self._alarm is not None:
             self.hub.cancel(self._alarm)
@@ -286,12 +296,26 @@ class Publisher:
         if channel is not self._channel and channel is not self._preparing:
             return
         error = translated(reason)
+        found = isinstance(error, ChannelClosedError) and self._accuse(error)
         self.disconnected(error)
         self.connection.forget_exchanges()  # one of them may have been deleted (404)
         amqp = self.connection.amqp
         if amqp is not None and self.connection.is_open and not self._closed:
             logger.warning("a publishing channel was closed: %s", error)
-            self.hub.call_later(0.1, partial(self._reopen, amqp))
+            self.hub.call_later(0.0 if found else 0.1, partial(self._reopen, amqp))
+
+    def _accuse(self, error: ChannelClosedError) -> bool:
+        """Settle the one message that closed the channel, or suspect all that it can be."""
+        if len(self._written) == 1 and error.code != NOT_FOUND:  # an exchange can be made anew
+            [publishing] = self._written.values()
+            name, key = publishing.pair
+            attempt = f"publish to exchange {name!r} key {key!r}"
+            refusal = ChannelClosedError(error.code, error.text, attempt)
+            self._settle(publishing, Fate.NACKED, refusal)
+            return True
+        for publishing in self._written.values():
+            publishing.suspect = True
+        return False
 
     def _reopen(self, amqp: pika.SelectConnection) -> None:
         if self.connection.amqp is amqp and amqp.is_open and self._joined and not self._closed:
@@ -301,6 +325,8 @@ class Publisher:
         """Write what is held, in order, until something has to be waited for."""
         while self._held and self._channel is not None and self.connection.state is State.READY:
             publishing = self._held[0]
+            if self._written and (self._alone or publishing.suspect):
+                break
             if not self.connection.knows(publishing.exchange):
                 self._declare(publishing)
                 break
@@ -322,7 +348,8 @@ class Publisher:
                     self._settle(each, Fate.UNSENT, error)
             self._pump()
 
-        self.connection.declare(exchange, declared, publishing.deadline - time.monotonic())
+        # Without a deadline: others wait for the same exchange, each with its own.
+        self.connection.declare(exchange, declared, None)
 
     def _listen(self, channel: Channel) -> None:
         """Consume the replies that come straight to this channel.
@@ -350,13 +377,13 @@ class Publisher:
                 publishing.properties,
                 publishing.mandatory,
             )
-        except (pika_errors.AMQPError, ValueError, TypeError, AssertionError) as error:
-            # pika marshals before it writes: nothing of it has left
+        except Exception as error:  # pika marshals before it writes: nothing of it has left
             unencodable = EncodingError(f"the message cannot be encoded: {error}")
             self._settle(publishing, Fate.UNSENT, unencodable)
             return
         self._written[self._next_tag] = publishing
         self._next_tag += 1
+        self._alone = publishing.suspect
         if not publishing.confirm:
             self._settle(publishing, Fate.WRITTEN)
 
@@ -376,6 +403,8 @@ class Publisher:
         for each in tags:
             publishing = self._written.pop(each)
             self._settle(publishing, Fate.RETURNED if publishing.returned else fate)
+        if self._held and not self._written:
+            self._pump()
 
     def _returned(self, _channel: Channel, method: Any, properties: Any, _body: bytes) -> None:
         """Mark the oldest publishing that it can be: a return carries no delivery tag.
@@ -387,6 +416,7 @@ class Publisher:
                 publishing.key == method.routing_key
                 and publishing.properties.message_id == properties.message_id
                 and publishing.exchange.name == method.exchange
+                and publishing.mandatory
                 and not publishing.returned
             ):
                 publishing.returned = True
@@ -415,6 +445,7 @@ class Publisher:
     def _ring(self) -> None:
         self._alarm = None
         self._expire(time.monotonic())
+        self._pump()
         left = [each.deadline for each in (*self._written.values(), *self._held)]
         if left and not self._closed:
             self._set_alarm(min(left))
@@ -476,14 +507,14 @@ def check_encodable(
     Raises:
         EncodingError: The key or a property is too long, or a header has no AMQP form.
     """
-    if len(key.encode()) > _SHORT_STRING:
-        raise EncodingError(f"the routing key {key[:40]!r}… is longer than 255 bytes")
     for name, value in (properties.headers or {}).items():
         _check_header(str(name), value)
     try:
-        size = encoded_size(properties)
+        key_size, size = len(key.encode()), encoded_size(properties)
     except Exception as error:
         raise EncodingError(f"the properties of the message cannot be encoded: {error}") from None
+    if key_size > _SHORT_STRING:
+        raise EncodingError(f"the routing key {key[:40]!r}… is longer than 255 bytes")
     if size > frame_max:
         raise EncodingError(
             f"the headers and properties of the message take {size} bytes, and a frame holds "

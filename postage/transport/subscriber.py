@@ -19,6 +19,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,16 +28,18 @@ from pika.channel import Channel
 
 from postage.errors import (
     ACCESS_REFUSED,
+    NOT_FOUND,
     PRECONDITION_FAILED,
     RESOURCE_LOCKED,
     ChannelClosedError,
+    ClosedError,
     ConnectionFailedError,
     ConnectionLostError,
-    QueueMismatchError,
+    MismatchError,
     TransportError,
 )
 from postage.settings import adopt_on_mismatch
-from postage.topology import Binding, QueueSpec, error_queue
+from postage.topology import Binding, ExchangeSpec, QueueSpec, error_queue
 from postage.transport.connection import Connection, backoff
 from postage.transport.conversation import (
     Script,
@@ -59,6 +62,10 @@ UNSTARTED_LIMIT = 300.0
 #: Heartbeats for which a queue that another connection still holds is tried again: a
 #: frozen or cut-off holder is given up by the broker after two.
 TAKEOVER_HEARTBEATS = 4
+
+
+#: What puts the topology back, by kind and value, in an order that works.
+_Steps = dict[tuple[str, object], Callable[[Channel], Script[None]]]
 
 
 class Settlement(enum.Enum):
@@ -114,7 +121,7 @@ class Delivery:
 class _Consumer:
     """One queue that is consumed, over all the channels that come and go."""
 
-    __slots__ = ("live", "prefetch", "spec", "starting", "tag")
+    __slots__ = ("live", "prefetch", "spec", "starting", "tag", "wanted")
 
     def __init__(self, spec: QueueSpec, prefetch: int) -> None:
         self.spec = spec
@@ -122,6 +129,7 @@ class _Consumer:
         self.tag: str | None = None
         self.live = False  # the broker said consume-ok
         self.starting = False  # begun with prefetch 1: see _speed_up
+        self.wanted = True  # not stopped
 
 
 def coalesced(unsettled: list[int], acked: set[int]) -> list[tuple[int, bool]]:
@@ -154,24 +162,29 @@ class Subscriber:
     Args:
         connection: Whose tenant it becomes when the first queue is consumed.
         prefetch: Messages that the broker delivers ahead, for each queue.
+        unstarted_limit: Seconds after which a message that nobody started goes back.
     """
 
-    def __init__(self, connection: Connection, prefetch: int) -> None:
+    def __init__(
+        self, connection: Connection, prefetch: int, unstarted_limit: float = UNSTARTED_LIMIT
+    ) -> None:
         self.connection = connection
         self.hub = connection.hub
         self.prefetch = prefetch
+        self.unstarted_limit = unstarted_limit
         self.inbox: collections.deque[Delivery] = collections.deque()
         #: Called by the leader when the inbox is no longer empty.
         self.on_delivery: Callable[[], None] = _nothing
         #: Why consuming is not going on and cannot, or None.
         self.failure: TransportError | None = None
-        self._ledger: dict[object, Callable[[Channel], Script[None]]] = {}
+        self._ledger: _Steps = {}
         self._names: dict[QueueSpec, str] = {}  # what the broker called the nameless
-        self._adopted: set[QueueSpec] = set()
+        self._named_on: pika.SelectConnection | None = None
+        self._adopted: set[ExchangeSpec | QueueSpec] = set()
         self._consumers: dict[QueueSpec, _Consumer] = {}
         self._joined = False
         self._closed = False
-        self._draining = False
+        self._leaving_on: int | None = None  # the channel on which all was stopped
         self._channel: Channel | None = None
         self._channel_number = 0
         self._unsettled: dict[int, None] = {}  # delivery tags of this channel, ascending
@@ -181,10 +194,10 @@ class Subscriber:
         self._flush_timer: object | None = None
         self._age_timer: object | None = None
         self._failures = 0
-        self._lost_at = time.monotonic()
+        self._refused_since: float | None = None
 
     def __repr__(self) -> str:
-        live = sum(consumer.live for consumer in self._consumers.values())
+        live = sum(consumer.live for consumer in tuple(self._consumers.values()))
         return (
             f"<Subscriber [{live} of {len(self._consumers)} consumers live, "
             f"{len(self.inbox)} waiting, {len(self._unsettled)} unsettled]>"
@@ -200,10 +213,10 @@ class Subscriber:
             ChannelClosedError: The broker refuses it otherwise.
             ConnectionFailedError: There was no broker in time.
         """
-        steps: dict[object, Callable[[Channel], Script[None]]] = {}
+        steps: _Steps = {}
         exchange, queue = binding.exchange, binding.queue
         if not exchange.is_default:
-            steps["exchange", exchange] = lambda channel: declare_exchange(channel, exchange)
+            steps["exchange", exchange] = lambda channel: self._declare_exchange(channel, exchange)
         steps["queue", queue] = lambda channel: self._declare_queue(channel, queue)
         steps["binding", binding] = lambda channel: bind_queue(
             channel, binding, self.name_of(queue)
@@ -216,7 +229,7 @@ class Subscriber:
         Raises:
             TransportError: As for `declare_binding()`.
         """
-        step: dict[object, Callable[[Channel], Script[None]]] = {
+        step: _Steps = {
             ("binding", binding): lambda channel: unbind_queue(
                 channel, binding, self.name_of(binding.queue)
             )
@@ -233,55 +246,64 @@ class Subscriber:
         """Return the real name of a declared queue."""
         return self._names.get(queue, queue.name)
 
-    def _perform(
-        self,
-        steps: dict[object, Callable[[Channel], Script[None]]],
-        timeout: float | None,
-        what: str,
-    ) -> None:
-        self._ask_adopting(lambda channel: _in_order(channel, steps), timeout, what)
-        for key, step in steps.items():
-            self._ledger.pop(key, None)  # to the end: the latest word on a binding counts
-            self._ledger[key] = step
-
-    def _ask_adopting(
-        self, script: Callable[[Channel], Script[None]], timeout: float | None, what: str
-    ) -> None:
+    def _perform(self, steps: _Steps, timeout: float | None, what: str) -> None:
         while True:
             try:
-                self.connection.ask(script, timeout, what)
-            except QueueMismatchError as error:
-                if not self._adopts(error):
+                self.connection.ask(lambda channel: _in_order(channel, steps), timeout, what)
+                break
+            except ChannelClosedError as error:
+                if not self._learns(error):
                     raise
-            else:
-                return
+        for key, step in steps.items():
+            if key[0] == "binding":
+                self._ledger.pop(key, None)  # to the end: the latest word on a binding counts
+            self._ledger[key] = step  # exchanges and queues stay before what needs them
+
+    def _declare_exchange(self, channel: Channel, spec: ExchangeSpec) -> Script[None]:
+        yield from self._declare(channel, spec)
 
     def _declare_queue(self, channel: Channel, spec: QueueSpec) -> Script[None]:
-        if spec in self._adopted:
-            return
+        if self._named_on is not channel.connection:  # the nameless went with the former one
+            self._names.clear()
+            self._named_on = channel.connection
         target = spec.dead_letter_queue
-        if target is not None and not spec.passive:
-            yield from self._declare_one(channel, error_queue(target))
-        if spec not in self._adopted:
-            self._names[spec] = yield from self._declare_one(channel, spec)
+        if target is not None and not spec.passive and spec not in self._adopted:
+            yield from self._declare(channel, error_queue(target))
+        name = yield from self._declare(channel, spec)
+        if not spec.name:
+            self._names[spec] = name
 
-    def _declare_one(self, channel: Channel, spec: QueueSpec) -> Script[str]:
-        if spec in self._adopted:
-            return spec.name
+    def _declare(self, channel: Channel, spec: ExchangeSpec | QueueSpec) -> Script[str]:
+        """Declare it, or if that makes no sense (any more), see whether it is there.
+
+        A mismatch that was adopted would be one again, and a nameless queue another one.
+        """
         try:
-            return (yield from declare_queue(channel, spec))
-        except QueueMismatchError as error:
-            error.queue = spec  # type: ignore[attr-defined]  # for _adopts()
+            if isinstance(spec, ExchangeSpec):
+                passive = spec.passive or spec in self._adopted
+                yield from declare_exchange(channel, replace(spec, passive=passive))
+                return spec.name
+            passive = spec.passive or spec in self._adopted or spec in self._names
+            asked = replace(spec, name=self.name_of(spec), passive=passive)
+            return (yield from declare_queue(channel, asked))
+        except ChannelClosedError as error:
+            error.spec = spec  # type: ignore[attr-defined]  # for _learns()
             raise
 
-    def _adopts(self, error: QueueMismatchError) -> bool:
-        """Note that a queue is used as it is, if the settings say so."""
-        spec = getattr(error, "queue", None)
-        if spec is None or not adopt_on_mismatch():
+    def _learns(self, error: ChannelClosedError) -> bool:
+        """Note what a refused declaration tells, and whether the next attempt differs."""
+        spec = getattr(error, "spec", None)
+        if spec is None:
             return False
-        logger.warning("%s; used as it is", error)
-        self._adopted.add(spec)
-        return True
+        if isinstance(error, MismatchError) and adopt_on_mismatch():
+            logger.warning("%s; used as it is", error)
+            self._adopted.add(spec)
+            return True
+        if error.code == NOT_FOUND and (spec in self._adopted or spec in self._names):
+            self._adopted.discard(spec)  # it was deleted: then it can be made as it should be
+            self._names.pop(spec, None)
+            return True
+        return False
 
     # ---------------------------------------------------------- consuming, any thread
 
@@ -295,12 +317,14 @@ class Subscriber:
 
     def stopped(self) -> bool:
         """Tell whether no consumer is live any more: nothing comes in after this."""
-        return self._channel is None or not any(each.tag for each in self._consumers.values())
+        consumers = tuple(self._consumers.values())
+        return self._channel is None or not any(each.tag for each in consumers)
 
     @property
     def consuming(self) -> bool:
         """Whether every queue that is wanted is being consumed, as the broker confirmed."""
-        return bool(self._consumers) and all(each.live for each in self._consumers.values())
+        wanted = [each for each in tuple(self._consumers.values()) if each.wanted]
+        return bool(wanted) and all(each.live for each in wanted)
 
     def is_current(self, delivery: Delivery) -> bool:
         """Tell whether a delivery can still be settled."""
@@ -312,6 +336,19 @@ class Subscriber:
         if not self._collecting:  # cleared before the next flush looks at what was decided
             self._collecting = True
             self.hub.post(self._collect)
+
+    def trust(self, queue: QueueSpec, after: float = 0.0) -> None:
+        """Deliver ahead although the first message of a queue is not settled yet.
+
+        For a handler that lets others run: they may be what it waits for.
+
+        Args:
+            queue: The queue.
+            after: Seconds to wait before that.
+        """
+        consumer = self._consumers.get(queue)
+        if consumer is not None and consumer.starting:
+            self.hub.post(lambda: self._trust(consumer, after))
 
     def flush(self) -> None:
         """Send what was decided as soon as somebody leads, and not only after ACK_DELAY."""
@@ -327,8 +364,8 @@ class Subscriber:
         """Send what was decided and close the channel.
 
         Returns:
-            Whether the broker took all of it: its close-ok comes after the acks that
-            were written before.
+            Whether the broker took all of it, since `stop()` at least: its close-ok comes
+            after the acks that were written before on the same channel.
         """
         if self._closed:  # the hub may be gone by now
             return False
@@ -356,8 +393,8 @@ class Subscriber:
 
     def disconnected(self, error: TransportError) -> None:
         """Forget what belongs to the old channel. The broker delivers it again."""
-        if self._channel is not None:
-            self._lost_at = time.monotonic()
+        if isinstance(error, ConnectionLostError):
+            self._refused_since = None  # who holds a queue now may be our former connection
         self._channel = None
         self._channel_number += 1
         self._unsettled.clear()
@@ -381,7 +418,7 @@ class Subscriber:
     ) -> None:
         if self._closed:
             return
-        if isinstance(error, QueueMismatchError) and self._adopts(error):
+        if isinstance(error, ChannelClosedError) and self._learns(error):
             self.connected(amqp)
         elif error is None:
             self._open(amqp)
@@ -391,6 +428,8 @@ class Subscriber:
     def _open(self, amqp: pika.SelectConnection) -> None:
         if self._closed or amqp is not self.connection.amqp or not amqp.is_open:
             return
+        if self._channel is not None:
+            return  # who asked first was served
         self._channel_number += 1
         channel = amqp.channel(on_open_callback=self.hub.shielded(self._opened))
         channel.add_on_close_callback(self.hub.shielded(self._channel_closed))
@@ -407,12 +446,13 @@ class Subscriber:
         ):
             self._start(channel, consumer)
         if self._age_timer is None:
-            self._age_timer = self.hub.call_later(UNSTARTED_LIMIT / 10, self._give_old_back)
+            self._age_timer = self.hub.call_later(self.unstarted_limit / 10, self._give_old_back)
 
     def _consume(self, queue: QueueSpec) -> None:
-        self._draining = False
-        if self._closed or queue in self._consumers:
+        known = self._consumers.get(queue)
+        if self._closed or (known is not None and known.wanted):
             return
+        self._leaving_on = None
         consumer = self._consumers[queue] = _Consumer(queue, self.prefetch)
         if not self._joined:
             self._joined = True
@@ -421,6 +461,8 @@ class Subscriber:
             self._start(self._channel, consumer)
 
     def _start(self, channel: Channel, consumer: _Consumer) -> None:
+        if not consumer.wanted:
+            return
         # Slow start: what makes the process crash shall be counted alone, without the
         # messages that were only delivered ahead of it. Only where the broker counts.
         consumer.starting = consumer.spec.counts_deliveries and consumer.prefetch > 1
@@ -447,17 +489,18 @@ class Subscriber:
                 callback=callback,
             )
 
-        if not self._draining and consumer is self._consumers.get(consumer.spec):
-            consumer.tag = f"postage-{next(_tags)}-{name}"[:250]
-            with attempting(f"consume queue {name!r}"):
-                yield consume
+        consumer.tag = f"postage-{next(_tags)}-{name}"[:250]
+        with attempting(f"consume queue {name!r}"):
+            yield consume
 
     def _started(self, consumer: _Consumer, _result: Any, error: TransportError | None) -> None:
-        if error is None and consumer.tag is not None:
+        if error is None and consumer.wanted:
             consumer.live = True
             logger.debug("consuming queue %r", consumer.spec.name)
             self._failures = 0
             self.failure = None
+            if self.consuming:
+                self._refused_since = None
         # else: the close of the channel, or of the connection, says what to do
 
     def _deliver(
@@ -477,11 +520,13 @@ class Subscriber:
 
     def _stop(self, queue: QueueSpec | None) -> None:
         if queue is None:
-            self._draining = True
-            for consumer in self._consumers.values():
-                self._cancel(consumer)
-        elif queue in self._consumers:
-            self._cancel(self._consumers.pop(queue))
+            self._leaving_on = self._channel_number
+            stopping = list(self._consumers.values())
+        else:
+            stopping = [self._consumers.pop(queue)] if queue in self._consumers else []
+        for consumer in stopping:
+            consumer.wanted = False
+            self._cancel(consumer)
 
     def _cancel(self, consumer: _Consumer, then: Callable[[], None] = lambda: None) -> None:
         tag, channel = consumer.tag, self._channel
@@ -508,6 +553,7 @@ class Subscriber:
                 return
 
     def _restart(self, error: TransportError) -> None:
+        self._flush()
         channel = self._channel
         if channel is not None and channel.is_open:
             channel.close()  # the close callback declares and consumes anew
@@ -529,7 +575,9 @@ class Subscriber:
         code = error.code if isinstance(error, ChannelClosedError) else None
         if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
             patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
-            if time.monotonic() - self._lost_at > patience:
+            now = time.monotonic()
+            self._refused_since = self._refused_since or now
+            if now - self._refused_since > patience:
                 self._fail(
                     ChannelClosedError(
                         code,
@@ -539,7 +587,7 @@ class Subscriber:
                     )
                 )
                 return
-        elif isinstance(error, QueueMismatchError) or code == PRECONDITION_FAILED:
+        elif code == PRECONDITION_FAILED:
             logger.error("%s", error)
         else:
             logger.warning("%s; consuming anew", error)
@@ -568,17 +616,19 @@ class Subscriber:
             self._flush_timer = None
         self._collecting = False
         channel = self._channel
-        others: list[tuple[int, Settlement]] = []
+        others: dict[int, Settlement] = {}
         speed_up: list[_Consumer] = []
         while self._decided:
             delivery, settlement = self._decided.popleft()
             tag = delivery.delivery_tag
             if delivery.channel_number != self._channel_number or tag not in self._unsettled:
                 continue  # stale: the broker has given it to somebody else
+            if tag in self._acked or tag in others:
+                continue  # the first word counts: a second one would close the channel (406)
             if settlement is Settlement.ACK:
                 self._acked.add(tag)
             else:
-                others.append((tag, settlement))
+                others[tag] = settlement
             consumer = self._consumers.get(delivery.queue)
             if consumer is not None and consumer.starting and settlement is not Settlement.REQUEUE:
                 speed_up.append(consumer)
@@ -586,7 +636,7 @@ class Subscriber:
             return
         for consumer in speed_up:
             self._speed_up(channel, consumer)
-        for tag, settlement in others:
+        for tag, settlement in others.items():
             channel.basic_nack(tag, requeue=settlement is Settlement.REQUEUE)
             self._unsettled.pop(tag, None)
         if self._acked:
@@ -599,15 +649,18 @@ class Subscriber:
     def _speed_up(self, channel: Channel, consumer: _Consumer) -> None:
         """Go from prefetch 1 to the real one: RabbitMQ applies a prefetch to new consumers.
 
-        The cancel is written before the ack of the only message that is out, so nothing
-        is on its way to the old consumer when it goes.
+        The cancel is written before any ack of the only message that is out, so nothing
+        is on its way to the old consumer when it goes. But pika writes one request at a
+        time: while an answer is due, an ack would overtake the cancel, so the next
+        settlement has to do.
         """
-        if not consumer.starting or self._draining:
+        asking = any(each.tag and not each.live for each in self._consumers.values())
+        if not consumer.starting or not consumer.wanted or asking:
             return
         consumer.starting = False
 
         def consume_anew() -> None:
-            if channel is self._channel and channel.is_open and not self._draining:
+            if channel is self._channel and channel.is_open and consumer.wanted:
                 converse(
                     channel,
                     self._consuming(channel, consumer, consumer.prefetch),
@@ -617,19 +670,30 @@ class Subscriber:
 
         self._cancel(consumer, then=consume_anew)
 
+    def _trust(self, consumer: _Consumer, after: float) -> None:
+        channel = self._channel
+        if channel is None or not consumer.starting:
+            return
+        if after:
+            self.hub.call_later(after, lambda: self._trust(consumer, 0.0))
+        elif channel.is_open and consumer.live:
+            self._speed_up(channel, consumer)
+            if consumer.starting and consumer.wanted:  # other answers are due
+                self.hub.call_later(ACK_DELAY, lambda: self._trust(consumer, 0.0))
+
     def _give_old_back(self) -> None:
         """Requeue what nobody started in time, with a word about why."""
         self._age_timer = None
-        old = time.monotonic() - UNSTARTED_LIMIT
+        old = time.monotonic() - self.unstarted_limit
         count = 0
         while self.inbox:
             try:
-                delivery = self.inbox.popleft()  # the consumer's thread pops here, too
-            except IndexError:
-                break
-            if delivery.received > old:
-                self.inbox.appendleft(delivery)
-                break
+                delivery = self.inbox[0]
+                if delivery.received > old:
+                    break
+                self.inbox.remove(delivery)
+            except (IndexError, ValueError):
+                continue  # the consumer's thread was faster
             self._decided.append((delivery, Settlement.REQUEUE))
             count += 1
         if count:
@@ -637,12 +701,12 @@ class Subscriber:
                 "%d message(s) waited %g s for a handler and go back to their queue: "
                 "lower `prefetch` (now %d), or handle faster",
                 count,
-                UNSTARTED_LIMIT,
+                self.unstarted_limit,
                 self.prefetch,
             )
             self._flush()
         if not self._closed:
-            self._age_timer = self.hub.call_later(UNSTARTED_LIMIT / 10, self._give_old_back)
+            self._age_timer = self.hub.call_later(self.unstarted_limit / 10, self._give_old_back)
 
     # ------------------------------------------------------------------------ the end
 
@@ -657,8 +721,10 @@ class Subscriber:
             self._leave()
             return
 
+        unbroken = self._leaving_on in (None, self._channel_number)
+
         def closed(_channel: Channel, reason: Exception) -> None:
-            agreed.append(not isinstance(translated(reason), ConnectionLostError))
+            agreed.append(unbroken and isinstance(translated(reason), ClosedError))
             self._leave()
 
         self._closed = True
@@ -667,12 +733,18 @@ class Subscriber:
 
     def _resume(self) -> None:
         if self._closed:
-            self._closed = self._draining = False
+            self._closed = False
+            self._leaving_on = None
+            for consumer in self._consumers.values():
+                consumer.wanted = True
             self.connection.join(self)
 
     def _leave(self) -> None:
         self._closed = True
         self.connection.leave(self)
+        channel = self._channel
+        if channel is not None and not (channel.is_closing or channel.is_closed):
+            channel.close()
         if self._age_timer is not None:
             self.hub.cancel(self._age_timer)
             self._age_timer = None
@@ -687,8 +759,6 @@ def _nothing() -> None:
     """What to do on a delivery when nobody said."""
 
 
-def _in_order(
-    channel: Channel, steps: dict[object, Callable[[Channel], Script[None]]]
-) -> Script[None]:
+def _in_order(channel: Channel, steps: _Steps) -> Script[None]:
     for step in steps.values():
         yield from step(channel)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""The broker, its queues, and the facts that belong beside every figure."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pika
+from pika.adapters.blocking_connection import BlockingChannel
+
+from benchmarks import raw
+from postage.topology import Queue, QueueSpec
+from tests.rabbitmq_node import RabbitNode
+
+
+@contextlib.contextmanager
+def broker() -> Iterator[str]:
+    """Provide a broker: the one of POSTAGE_URL, or a private RabbitMQ node. Yields its URL."""
+    url = os.environ.get("POSTAGE_URL")
+    if url:
+        yield url
+        return
+    with RabbitNode() as node:
+        os.environ["POSTAGE_URL"] = node.url  # for postage, in this process and in its children
+        try:
+            yield node.url
+        finally:
+            del os.environ["POSTAGE_URL"]
+
+
+def conditions(url: str) -> dict[str, str]:
+    """Return what the figures depend on."""
+    server = raw.server_properties(url)
+    return {
+        "machine": f"{os.cpu_count()} cores, {_processor()}, load {os.getloadavg()[0]:.1f}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "pika": version("pika"),
+        "simplejson": version("simplejson"),
+        "broker": f"{_text(server, 'product')} {_text(server, 'version')}",
+        "platform of the broker": _text(server, "platform"),
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a measurement is to do, for the processes that take part in it.
+
+    ``kind`` is the type of the queue, "classic" or "quorum", both as postage declares them, or
+    "transient" for one without flags and arguments.
+    """
+
+    url: str
+    queue: str
+    kind: str
+    count: int
+    prefetch: int
+
+
+@contextlib.contextmanager
+def job(url: str, kind: str, count: int, prefetch: int = 10) -> Iterator[Job]:
+    """Provide a job, whose queue exists as long as the block runs."""
+    name = f"postage-benchmark-{uuid.uuid4().hex[:8]}"
+    spec = QueueSpec(name, durable=False) if kind == "transient" else Queue(name, type=kind).spec()
+    with _channel(url) as channel:
+        channel.queue_declare(name, durable=spec.durable, arguments=dict(spec.arguments))
+    try:
+        yield Job(url, name, kind, count, prefetch)
+    finally:
+        with _channel(url) as channel:
+            channel.queue_delete(name)
+            if spec.error_queue:
+                channel.queue_delete(spec.error_queue)
+
+
+def messages_left(job: Job) -> int:
+    """Return how many messages are in the queue of a job, and with nobody."""
+    with _channel(job.url) as channel:
+        return int(channel.queue_declare(job.queue, passive=True).method.message_count)
+
+
+@contextlib.contextmanager
+def _channel(url: str) -> Iterator[BlockingChannel]:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        yield connection.channel()
+
+
+def _text(properties: dict[str, object], key: str) -> str:
+    value = properties.get(key, "unknown")
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _processor() -> str:
+    """Return the name of the processor, where Linux tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

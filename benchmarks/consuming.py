@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Consuming: messages that wait in a queue are read, counted and acknowledged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pika.channel import Channel
+
+from benchmarks import broker, raw
+from benchmarks.broker import Job
+from benchmarks.children import in_child
+from benchmarks.envelope import FINGERPRINT
+from benchmarks.measuring import Case, Sample, Stopwatch, Target, Workload
+from benchmarks.publishing import publish
+from postage.messaging import DefaultExchange, MessageHandler, MessageProcessor, Queue
+from postage.microthreads import ExitScheduler
+
+#: Messages that the broker delivers ahead, for throughput.
+PREFETCH = 200
+
+
+def workloads(scale: float) -> list[Workload]:
+    """Return the workloads of this module.
+
+    Args:
+        scale: How much to consume, 1 being enough for a steady rate.
+    """
+    count = round(30_000 * scale)
+    cases = []
+    for kind in ("classic", "quorum"):
+        base = f"pika SelectConnection, {kind}"
+        cases.append(Case(base, _case(_raw_in_hundreds, kind, count, PREFETCH)))
+        cases.append(Case(f"{base}, acks singly", _case(_raw_singly, kind, count, PREFETCH), base))
+        for prefetch, target in ((PREFETCH, Target(0.6)), (10, None), (1, None)):
+            work = _case(_processor, kind, count if prefetch > 1 else count // 10, prefetch)
+            cases.append(Case(f"MessageProcessor, {kind}, prefetch {prefetch}", work, base, target))
+    return [Workload("consume", f"Consuming, prefetch {PREFETCH} unless said otherwise", cases)]
+
+
+def _case(function: Callable[[Job], Sample], kind: str, count: int, prefetch: int) -> Any:
+    return partial(_measure, function, kind, count, prefetch)
+
+
+def _measure(
+    function: Callable[[Job], Sample], kind: str, count: int, prefetch: int, url: str
+) -> Sample:
+    with broker.job(url, kind, count, prefetch) as job:
+        in_child(publish, job)
+        sample: Sample = in_child(function, job)
+        left = broker.messages_left(job)
+        if left:
+            raise RuntimeError(f"{left} of {count} messages were not acknowledged")
+    return sample
+
+
+# ------------------------------------------------------------------------- plain pika
+
+
+class _Counter:
+    """Counts the messages, and acknowledges them a number at a time."""
+
+    def __init__(self, job: Job, together: int) -> None:
+        self.job = job
+        self.together = together
+        self.counted = 0
+        self.watch = Stopwatch()
+
+    def open(self, channel: Channel) -> None:
+        channel.basic_qos(prefetch_count=self.job.prefetch)
+        channel.basic_consume(self.job.queue, self.deliver)
+
+    def deliver(self, channel: Channel, method: Any, _properties: Any, body: bytes) -> None:
+        if not self.counted:
+            self.watch.start()
+        json.loads(body)
+        self.counted += 1
+        is_last = self.counted == self.job.count
+        if is_last or self.counted % self.together == 0:
+            channel.basic_ack(method.delivery_tag, multiple=self.together > 1)
+        if is_last:
+            self.watch.stop()
+            channel.connection.close()
+
+
+def _raw(job: Job, together: int) -> Sample:
+    counter = _Counter(job, together)
+    raw.run(job.url, counter.open)
+    return counter.watch.sample(job.count - 1, "message")  # from the first to the last
+
+
+def _raw_in_hundreds(job: Job) -> Sample:
+    return _raw(job, together=100)
+
+
+def _raw_singly(job: Job) -> Sample:
+    return _raw(job, together=1)
+
+
+# ---------------------------------------------------------------------------- postage
+
+
+class _Processor(MessageProcessor):
+    """Counts the messages, and ends after the last."""
+
+    def __init__(self, job: Job) -> None:
+        queue = Queue(job.queue, type=job.kind)
+        self.prefetch = job.prefetch
+        self.count = job.count
+        self.counted = 0
+        self.watch = Stopwatch()
+        super().__init__(FINGERPRINT, [(DefaultExchange, [(queue, job.queue)])])
+
+    @MessageHandler("command", "echo")
+    def msg_echo(self, _content: Any) -> None:
+        if not self.counted:
+            self.watch.start()
+        self.counted += 1
+        if self.counted == self.count:
+            self.watch.stop()
+            raise ExitScheduler
+
+
+def _processor(job: Job) -> Sample:
+    processor = _Processor(job)
+    processor.start_consuming()
+    return processor.watch.sample(job.count - 1, "message")
