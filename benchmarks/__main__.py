@@ -13,7 +13,7 @@ from benchmarks import broker, calling, consuming, publishing, reporting
 from benchmarks.measuring import Result, Workload, run
 
 #: How often each case is measured, and how much of the full work it does.
-FULL, QUICK = (7, 1.0), (3, 0.2)
+FULL, QUICK = (7, 1.0), (2, 0.2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

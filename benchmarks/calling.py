@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pika
@@ -43,10 +44,15 @@ def workloads(scale: float) -> list[Workload]:
     Args:
         scale: How many calls to make, 1 being enough for a steady rate.
     """
-    tutorial = "RabbitMQ tutorial 6"
+    tutorial = "RabbitMQ tutorial 6, same JSON"
     few, many = round(2_000 * scale), round(10_000 * scale)
     one = [
-        Case(tutorial, _case(_tutorial_client, _tutorial_server, "transient", few)),
+        Case(tutorial, _case(_tutorial_json_client, _tutorial_json_server, "transient", few)),
+        Case(
+            "RabbitMQ tutorial 6, a number",
+            _case(_tutorial_client, _tutorial_server, "transient", few),
+            tutorial,
+        ),
         Case(
             "rpc_x(), classic",
             _case(_client, _server, "classic", few),
@@ -103,18 +109,34 @@ def _check(number: int, result: Any) -> None:
 
 
 # ----------------------------------------------------------------------- the tutorial
+#
+# https://www.rabbitmq.com/tutorials/tutorial-six-python: its server and its client, with bodies
+# that are numbers, as there, or the JSON that all other cases send.
 
 
-def _tutorial_server(ready: Callable[[], None], job: Job) -> None:
+@dataclass(frozen=True)
+class _Codec:
+    encode: Callable[[int], str]
+    decode: Callable[[bytes], int]
+
+
+_NUMBER = _Codec(str, int)
+_JSON = _Codec(
+    lambda number: json.dumps(envelope(number)),
+    lambda body: int(json.loads(body)["content"]["parameters"]["no"]),
+)
+
+
+def _serve_tutorial(ready: Callable[[], None], job: Job, codec: _Codec) -> None:
     def on_request(
         channel: BlockingChannel, method: Any, properties: pika.BasicProperties, body: bytes
     ) -> None:
-        response = int(body) + 1
+        response = codec.encode(codec.decode(body) + 1)
         channel.basic_publish(
             exchange="",
             routing_key=properties.reply_to,
             properties=pika.BasicProperties(correlation_id=properties.correlation_id),
-            body=str(response).encode(),
+            body=response.encode(),
         )
         channel.basic_ack(delivery_tag=method.delivery_tag)
 
@@ -126,10 +148,11 @@ def _tutorial_server(ready: Callable[[], None], job: Job) -> None:
 
 
 class _TutorialClient:
-    """Calls with a callback queue of its own and a correlation id a call."""
+    """Calls with a callback queue of its own and a correlation id for each call."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, codec: _Codec) -> None:
         self.queue = job.queue
+        self.codec = codec
         self.connection = pika.BlockingConnection(pika.URLParameters(job.url))
         self.channel = self.connection.channel()
         self.callback_queue = self.channel.queue_declare(queue="", exclusive=True).method.queue
@@ -154,18 +177,34 @@ class _TutorialClient:
             properties=pika.BasicProperties(
                 reply_to=self.callback_queue, correlation_id=self.correlation_id
             ),
-            body=str(number).encode(),
+            body=self.codec.encode(number).encode(),
         )
         while self.response is None:
             self.connection.process_data_events(time_limit=None)
-        return int(self.response)
+        return self.codec.decode(self.response)
 
 
-def _tutorial_client(job: Job) -> Sample:
-    client = _TutorialClient(job)
+def _call_tutorial(job: Job, codec: _Codec) -> Sample:
+    client = _TutorialClient(job, codec)
     sample = _one_by_one(client.call, job.count)
     client.connection.close()
     return sample
+
+
+def _tutorial_server(ready: Callable[[], None], job: Job) -> None:
+    _serve_tutorial(ready, job, _NUMBER)
+
+
+def _tutorial_client(job: Job) -> Sample:
+    return _call_tutorial(job, _NUMBER)
+
+
+def _tutorial_json_server(ready: Callable[[], None], job: Job) -> None:
+    _serve_tutorial(ready, job, _JSON)
+
+
+def _tutorial_json_client(job: Job) -> Sample:
+    return _call_tutorial(job, _JSON)
 
 
 # ------------------------------------------------------------------------- plain pika

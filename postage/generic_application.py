@@ -171,9 +171,10 @@ class GenericApplication(MessageProcessor):
         if group in self.groups:
             return
         name = f"{self.name}#{group}"
-        self.consumer.queue_bind(self.exchange_class, self.uid, name)
-        # 1.2.1 could not do this late: it consumed all its queues in one blocking call.
+        # First what may be refused, because that queue exists with other arguments. 1.2.1 could
+        # not do this late: it consumed all its queues in one blocking call.
         self.consumer.queue_bind(self.exchange_class, Queue(name), f"{name}{ROUND_ROBIN}")
+        self.consumer.queue_bind(self.exchange_class, self.uid, name)
         self.groups.append(group)
         self.logger.log(f"Joining group {name}")
 

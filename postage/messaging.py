@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from postage.batch import Batch
 from postage.consumer import GenericConsumer
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import (
@@ -39,7 +40,7 @@ from postage.messages import (
     RpcCommand,
 )
 from postage.processor import MessageProcessor
-from postage.producer import Batch, GenericProducer
+from postage.producer import GenericProducer
 from postage.settings import Hup, Settings, debug_mode_from_environment
 from postage.topology import DefaultExchange, Exchange, ExchangeType, Queue
 

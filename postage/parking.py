@@ -20,8 +20,15 @@ from postage.transport.subscriber import Delivery
 #: Bytes of the headers and properties of a parked message. A header frame that is larger
 #: than the broker's frame_max (131,072 by default) would cost the connection.
 HEADER_LIMIT = 100_000
-#: Bytes that a text of ours is cut to, if the whole is too large: the traceback first.
-TEXT_LIMITS = (("postage-traceback", 16_384), ("postage-error", 4_096), ("postage-traceback", 0))
+#: Bytes that are left of a text of ours, if the whole is too large: the traceback is cut first.
+#: Its end says more than its beginning.
+CUTS = (
+    ("postage-traceback", slice(-16_384, None)),
+    ("postage-error", slice(4_096)),
+    ("postage-traceback", slice(0)),
+)
+#: Characters of one frame of a traceback, or of the error's text at its end.
+PIECE_LIMIT = 2_048
 #: Bytes of headers and properties that the broker takes in any case. Where our short texts are
 #: too much beside the original headers, the largest of those are left out, and named here.
 FRAME_LIMIT = 131_000
@@ -38,12 +45,12 @@ def parked_properties(
 
     Args:
         delivery: The message.
-        reason: "undecodable", "malformed", "unhandled", "failed" and the like.
+        reason: "unreadable", "unanswerable", "unhandled" or "failed".
         error: What went wrong, if it was an exception.
         fingerprint: Of the component that gives up.
     """
     original = delivery.properties
-    headers = {name: _carriable(value) for name, value in (original.headers or {}).items()}
+    headers = dict(original.headers or {})
     # A message that is published again with the broker's record of its dead letterings
     # would be taken for one that goes in circles, and dropped in silence.
     headers.pop("x-death", None)
@@ -58,7 +65,8 @@ def parked_properties(
     if error is not None:
         own["postage-exception"] = type(error).__name__
         own["postage-error"] = printable(error)
-        own["postage-traceback"] = "".join(traceback.format_exception(error))
+        pieces = traceback.format_exception(error)
+        own["postage-traceback"] = "".join(piece[:PIECE_LIMIT] for piece in pieces)
     headers |= {name: _encodable(text) for name, text in own.items()}
     properties = pika.BasicProperties(
         content_type=original.content_type,
@@ -96,34 +104,20 @@ def _encodable(text: Any) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _carriable(value: Any) -> Any:
-    """Return the value of a header, or its text: pika reads types that it cannot write."""
-    try:
-        _size_of(value)
-    except Exception:  # a float, an int of 64 bits without sign, or a table with one of them
-        return _encodable(value)
-    return value
-
-
-def _size_of(value: Any) -> int:
-    return encoded_size(pika.BasicProperties(headers={"": value}))
-
-
 def _shorten(
     properties: pika.BasicProperties, headers: dict[str, Any], own: Collection[str]
 ) -> None:
     """Cut our own texts until the headers fit, and leave the largest of the others if need be."""
-    for name, limit in TEXT_LIMITS:
+    for name, cut in CUTS if "postage-error" in own else ():
         if encoded_size(properties) <= HEADER_LIMIT:
             return
-        text = headers.get(name)
-        if text is not None:
-            # the end of a traceback says more than its beginning
-            headers[name] = (
-                text.encode("utf-8", "replace")[-limit:].decode("utf-8", "replace") if limit else ""
-            )
-    others = sorted(headers.keys() - own, key=lambda name: _size_of(headers[name]))
+        headers[name] = headers[name].encode()[cut].decode("utf-8", "replace")
+    others = sorted(headers.keys() - own, key=lambda name: _size_of(name, headers[name]))
     while others and encoded_size(properties) > FRAME_LIMIT:
         name = others.pop()
         del headers[name]
         headers[LEFT_OUT] = f"{headers.get(LEFT_OUT, '')} {_encodable(name)}".strip()
+
+
+def _size_of(name: str, value: Any) -> int:
+    return encoded_size(pika.BasicProperties(headers={name: value}))

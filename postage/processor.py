@@ -31,6 +31,7 @@ from postage.errors import (
     ExitScheduler,
     FilterError,
     PostageError,
+    QueueMismatchError,
     RejectMessage,
 )
 from postage.futures import Future
@@ -39,6 +40,7 @@ from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread, sleep
 from postage.parking import parked_properties, printable
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
+from postage.settings import adopt_on_mismatch
 from postage.topology import Eqk, error_queue
 from postage.transport.conversation import Script, declare_queue
 from postage.transport.subscriber import Delivery
@@ -610,14 +612,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     def _park(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, None]:
         """Move a message to its error queue: publish, wait for the confirm, then ack."""
         queue = delivery.queue.error_queue or "error"
-        logger.error(
-            "parked a message from %r in %r: %s: %s",
-            delivery.queue.name,
-            queue,
-            verdict.reason,
-            printable(verdict.error),
-            exc_info=verdict.error if verdict.reason == "failed" else None,
-        )
+        why = f"{verdict.reason}: {printable(verdict.error)}"
         properties = parked_properties(delivery, verdict.reason, verdict.error, self.fingerprint)
         try:
             if queue not in self._error_queues:
@@ -625,11 +620,23 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 self._error_queues.add(queue)
             yield self.consumer.publish(queue, delivery.body, properties, mandatory=True)
         except PostageError as error:
-            logger.error("could not park in %r, giving the message back: %s", queue, error)
+            logger.error(
+                "could not park a message from %r (%s) and gives it back: %s",
+                delivery.queue.name,
+                why,
+                error,
+            )
             self._error_queues.discard(queue)
             yield sleep(PARK_RETRY)
             self.consumer.reject(delivery, requeue=True)
         else:
+            logger.error(
+                "parked a message from %r in %r: %s",
+                delivery.queue.name,
+                queue,
+                why,
+                exc_info=verdict.error if verdict.reason == "failed" else None,
+            )
             self.consumer.ack(delivery)
 
     def _declare_error_queue(self, name: str) -> Future[None]:
@@ -639,7 +646,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             return (yield from declare_queue(channel, error_queue(name)))
 
         def done(_result: Any, error: PostageError | None) -> None:
-            if error is None:
+            if error is None or (isinstance(error, QueueMismatchError) and adopt_on_mismatch()):
                 future.set(None)
             else:
                 future.fail(error)

@@ -3,12 +3,11 @@
 
 A producer's magic methods are resolved in one place (`GenericProducer.__getattr__`) and
 run in three steps: *build* the message, *compose* it with its pairs and properties into a
-`_Composed`, and hand that to whoever sends it, the producer itself or a `Batch`.
+`Composed`, and hand that to whoever sends it, the producer itself or a `Batch`.
 """
 
 from __future__ import annotations
 
-import collections
 import math
 import os
 import threading
@@ -17,21 +16,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
 import pika
 
 from postage import debugging
+from postage.batch import Batch
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import (
-    BatchError,
     ClosedError,
     ConfigurationError,
     PostageError,
-    PublishUnknownError,
     TimeoutError,
-    UnroutableError,
 )
 from postage.fingerprint import Fingerprint
 from postage.futures import Future, refuse_in_coroutine
@@ -51,6 +47,7 @@ from postage.rpc import (
     decoded_reply,
     encoded,
 )
+from postage.sending import Composed, Sending
 from postage.settings import (
     Hup,
     HupFromEnvironment,
@@ -61,20 +58,13 @@ from postage.settings import (
 from postage.topology import DefaultExchange, Eks, Exchange, exchange_spec
 from postage.transport import connection as connections
 from postage.transport.connection import Connection
-from postage.transport.publisher import Fate, Publisher, Publishing, check_encodable
+from postage.transport.publisher import Publisher, check_encodable
 from postage.transport.replies import ReplyStream
 
 _Producer = TypeVar("_Producer", bound="GenericProducer")
 
 logger = debugging.logger_of(__name__)
 
-#: Messages of a batch that may be without a confirm at one time. Enough to keep a broker
-#: on this or another continent busy, and few enough to hold in memory.
-BATCH_WINDOW = 2000
-#: Messages of a batch that are handed to the loop together.
-BATCH_CHUNK = 64
-#: Seconds that one of them waits at most for the others, whatever the block does meanwhile.
-BATCH_DELAY = 0.02
 #: Characters up to which a text fits into 255 bytes of UTF-8, whatever it is made of.
 _SHORT = 255 // 4
 
@@ -95,77 +85,6 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 Builder = Callable[..., Any]
-
-
-class _Composed:
-    """A message that is ready to be sent: its body, its properties and its pairs."""
-
-    __slots__ = ("body", "confirm", "mandatory", "message_id", "pairs", "properties", "timeout")
-
-    def __init__(
-        self,
-        body: bytes,
-        properties: pika.BasicProperties,
-        pairs: Sequence[tuple[type[Exchange], str]],
-        *,
-        mandatory: bool,
-        confirm: bool,
-        timeout: float,
-    ) -> None:
-        self.body = body
-        self.properties = properties
-        self.pairs = pairs
-        self.mandatory = mandatory
-        self.confirm = confirm
-        self.timeout = timeout
-        self.message_id: str = properties.message_id
-
-    def publishings(self, settled: Callable[[Publishing], None]) -> list[Publishing]:
-        """Return one publishing for each pair."""
-        deadline = time.monotonic() + self.timeout
-        return [
-            Publishing(
-                exchange.spec(),
-                key,
-                self.body,
-                self.properties,
-                mandatory=self.mandatory,
-                confirm=self.confirm,
-                deadline=deadline,
-                settled=settled,
-            )
-            for exchange, key in self.pairs
-        ]
-
-
-class _Sending:
-    """The publishings of one message, and what to do when the last one has its fate."""
-
-    __slots__ = ("_finished", "_left", "publishings")
-
-    def __init__(
-        self, composed: _Composed, finished: Callable[[PostageError | None], None]
-    ) -> None:
-        self._finished = finished
-        self.publishings = composed.publishings(self._settled)
-        self._left = len(self.publishings)
-
-    def _settled(self, _publishing: Publishing) -> None:
-        self._left -= 1
-        if not self._left:
-            self._finished(_outcome(self.publishings))
-
-
-def _outcome(publishings: Sequence[Publishing]) -> PostageError | None:
-    """Return the one error that tells what became of the pairs of a message."""
-    errors = [each.error for each in publishings if each.error is not None]
-    unroutable = [each.pair for each in publishings if each.fate is Fate.RETURNED]
-    if not errors or len(publishings) == 1:
-        return errors[0] if errors else None
-    if len(unroutable) == len(errors):
-        delivered = [each.pair for each in publishings if each.error is None]
-        return UnroutableError(unroutable, delivered)
-    return next(error for error in errors if not isinstance(error, UnroutableError))
 
 
 class GenericProducer:
@@ -319,7 +238,7 @@ class GenericProducer:
         Raises:
             PublishError, EncodingError: As for every ``message_x()``.
         """
-        return self._message_send(*args, _callable=_generic, **kwds)
+        return self._message_send(*args, _callable=self._build_generic, **kwds)
 
     def forward(self, body: Mapping[str, Any], *args: Any, **kwds: Any) -> Any:
         """Send the body of a message on as it is, with the fingerprint of its origin.
@@ -338,6 +257,11 @@ class GenericProducer:
         network instead of one round trip each.
         """
         return Batch(self)
+
+    @staticmethod
+    def _build_generic(*args: Any, **kwds: Any) -> Message:
+        _refuse_unknown("message", kwds, _MESSAGE_KEYWORDS)
+        return Message(*args, **kwds)
 
     def _builder(self, name: str, command: type[Message]) -> Builder:
         """Return what builds the messages of a magic method.
@@ -362,22 +286,22 @@ class GenericProducer:
         future = bool(kwds.pop("_future", False))
         return self._send(self._compose(_callable, args, kwds), future)
 
-    def _compose(self, build: Builder, args: tuple[Any, ...], kwds: dict[str, Any]) -> _Composed:
+    def _compose(self, build: Builder, args: tuple[Any, ...], kwds: dict[str, Any]) -> Composed:
         special = {name: kwds.pop(name) for name in _MESSAGE_KEYWORDS & kwds.keys()}
         message = build(*args, **kwds)
         message.fingerprint(**self._fingerprint())
         return self._compose_body(message.body, special)
 
-    def _compose_forward(self, body: Mapping[str, Any], kwds: Mapping[str, Any]) -> _Composed:
+    def _compose_forward(self, body: Mapping[str, Any], kwds: Mapping[str, Any]) -> Composed:
         _refuse_unknown("forward", kwds.keys() - _MESSAGE_KEYWORDS, _MESSAGE_KEYWORDS)
         return self._compose_body(body, kwds)
 
-    def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> _Composed:
+    def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> Composed:
         pairs = self._get_eks(special)
         timeout = special.get("_timeout")
         encoded_body = self._encode(body)
         _show(encoded_body, pairs)
-        return _Composed(
+        return Composed(
             encoded_body,
             self._build_message_properties(special, pairs),
             pairs,
@@ -388,7 +312,7 @@ class GenericProducer:
             else _seconds("_timeout", timeout),
         )
 
-    def _send(self, composed: _Composed, as_future: bool) -> Any:
+    def _send(self, composed: Composed, as_future: bool) -> Any:
         publisher = self._open()
         future: Future[None] = Future(publisher.hub.wait, publisher.hub.nudge)
 
@@ -398,7 +322,7 @@ class GenericProducer:
             else:
                 future.fail(error)
 
-        sending = _Sending(composed, finished)
+        sending = Sending(composed, finished)
         start = partial(publisher.send, sending.publishings)
         if as_future:
             publisher.hub.call(start)
@@ -457,7 +381,7 @@ class GenericProducer:
             properties = pika.BasicProperties(
                 **request.properties, reply_to=queue, correlation_id=new_message_id()
             )
-            composed = _Composed(
+            composed = Composed(
                 request.body,
                 properties,
                 self._get_eks(special)[:1],
@@ -623,142 +547,9 @@ class GenericProducer:
             return {"name": path.name, "content": list(lines)}
 
 
-class Batch:
-    """Many messages that are confirmed together. Made by `GenericProducer.batch()`.
-
-    It has the producer's ``message_x()``, ``message()`` and ``forward()``. They return when
-    the message is on its way; the end of the block waits for all of them.
-
-    Attributes:
-        confirmed: The ids of the messages that the broker confirmed.
-        failed: (message id, error) of those that certainly did not arrive everywhere.
-        unknown: (message id, error) of those that may have arrived.
-
-    Raises:
-        BatchError: At the end of the block, if not every message was confirmed. An
-            exception of the block itself goes first.
-    """
-
-    def __init__(self, producer: GenericProducer) -> None:
-        self.confirmed: list[str] = []
-        self.failed: list[tuple[str, Exception]] = []
-        self.unknown: list[tuple[str, Exception]] = []
-        self._producer = producer
-        self._publisher = producer._open()
-        self._chunk: collections.deque[Publishing] = collections.deque()
-        self._collecting = False
-        self._sent = 0
-        self._open = False
-
-    def __repr__(self) -> str:
-        return f"<Batch [{self._sent} sent, {self._settled} settled]>"
-
-    def __enter__(self) -> Batch:
-        refuse_in_coroutine("the end of a batch", "run the batch in asyncio.to_thread()")
-        self._open = True
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self._open = False
-        if self._publisher.hub.pid != os.getpid():
-            if kind is None:
-                self._check_fork()
-            return
-        self._wait_for(lambda: self._settled >= self._sent)
-        if kind is None and (self.failed or self.unknown):
-            raise BatchError(self.confirmed, self.failed, self.unknown)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if not name.startswith("message_"):
-            raise AttributeError(
-                f"a batch has no attribute {name!r}: it sends with message_*, message and forward"
-            )
-        return partial(self._build_and_send, self._producer._builder(name, MessageCommand))
-
-    def message(self, /, *args: Any, **kwds: Any) -> None:
-        """Send a generic message, as `GenericProducer.message()`."""
-        self._build_and_send(_generic, *args, **kwds)
-
-    def forward(self, body: Mapping[str, Any], *args: Any, **kwds: Any) -> None:
-        """Send a body on as it is, as `GenericProducer.forward()`."""
-        self._refuse_future(kwds)
-        self._send(self._producer._compose_forward(body, kwds))
-
-    @property
-    def _settled(self) -> int:
-        return len(self.confirmed) + len(self.failed) + len(self.unknown)
-
-    def _build_and_send(self, build: Builder, /, *args: Any, **kwds: Any) -> None:
-        self._refuse_future(kwds)
-        self._send(self._producer._compose(build, args, kwds))
-
-    @staticmethod
-    def _refuse_future(kwds: Mapping[str, Any]) -> None:
-        if kwds.get("_future"):
-            raise TypeError("a batch takes no _future: it waits for all of its messages at its end")
-
-    def _check_fork(self) -> None:
-        connections.check_fork(self._publisher.connection, "the batch")
-
-    def _send(self, composed: _Composed) -> None:
-        self._check_fork()
-        if not self._open:
-            raise ClosedError("a batch sends inside its with block")
-        hub = self._publisher.hub
-        message_id = composed.message_id
-
-        def finished(error: PostageError | None) -> None:
-            if error is None:
-                self.confirmed.append(message_id)
-            elif isinstance(error, PublishUnknownError):
-                self.unknown.append((message_id, error))
-            else:
-                self.failed.append((message_id, error))
-
-        self._chunk.extend(_Sending(composed, finished).publishings)
-        self._sent += 1
-        if len(self._chunk) >= BATCH_CHUNK:
-            if self._sent - self._settled > BATCH_WINDOW:
-                self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
-            else:
-                hub.call(self._hand_over)
-        elif not self._collecting:  # cleared before the chunk is handed over
-            self._collecting = True
-            hub.post(self._hand_over_soon)
-
-    def _wait_for(self, ready: Callable[[], bool]) -> None:
-        self._publisher.hub.wait(ready, first=self._hand_over)
-
-    # The rest is called by the leader.
-
-    def _hand_over_soon(self) -> None:
-        self._publisher.hub.call_later(BATCH_DELAY, self._hand_over_late)
-
-    def _hand_over_late(self) -> None:
-        self._collecting = False
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        chunk = []
-        while self._chunk:
-            chunk.append(self._chunk.popleft())
-        if chunk:
-            self._publisher.send(chunk)
-
-
 def _show(body: bytes, pairs: Iterable[tuple[type[Exchange], str]]) -> None:
     if logger.isEnabledFor(debugging.DEBUG):
         logger.debug("> %s to %s", body, [(exchange.name, key) for exchange, key in pairs])
-
-
-def _generic(*args: Any, **kwds: Any) -> Message:
-    _refuse_unknown("message", kwds, _MESSAGE_KEYWORDS)
-    return Message(*args, **kwds)
 
 
 def _refuse_unknown(name: str, kwds: Iterable[str], known: Iterable[str]) -> None:

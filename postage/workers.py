@@ -67,7 +67,8 @@ class WorkerPool:
             self._work.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(timeout)
+            if thread is not threading.current_thread():  # a handler may close its component
+                thread.join(timeout)
 
     def _run(self) -> None:
         while True:
@@ -111,12 +112,14 @@ class EventLoop:
         running.add_done_callback(done)
         return running.cancel
 
-    def close(self) -> None:
-        """Cancel what runs and end the thread."""
+    def close(self, grace: float = CANCEL_GRACE) -> None:
+        """Cancel what runs and end the thread; abandon it after some seconds."""
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CANCEL_GRACE)
+        if self._thread is threading.current_thread():  # a handler closes its component
+            return
+        self._thread.join(grace)
         if self._thread.is_alive():
-            logger.warning("a coroutine did not end in %g s; it is abandoned", CANCEL_GRACE)
+            logger.warning("a coroutine did not end in %g s; it is abandoned", grace)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -27,7 +27,7 @@ from postage.errors import (
     UnroutableError,
 )
 from postage.messaging import Batch, Exchange, GenericProducer
-from postage.producer import BATCH_CHUNK, BATCH_WINDOW
+from postage.batch import BATCH_CHUNK, BATCH_WINDOW
 from tests.rabbitmq_node import RabbitNode
 from tests.waiting import wait_until
 

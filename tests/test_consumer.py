@@ -69,7 +69,7 @@ class Reader:
         self.read: list[Any] = []
 
     def until(self, count: int, settle: Callable[[Any], None] | None = None) -> list[Any]:
-        """Consume until so many messages were read, and return them."""
+        """Consume until so many messages were read, at most for 30 seconds, and return them."""
 
         def callback(_channel: Any, method: Any, _properties: Any, body: bytes) -> None:
             self.read.append(self.consumer.decode(body)["content"]["parameters"])
@@ -77,7 +77,13 @@ class Reader:
             if len(self.read) >= count:
                 self.consumer.stop_consuming()
 
-        self.consumer.start_consuming(callback)
+        watchdog = threading.Timer(30, self.consumer.stop_consuming)
+        watchdog.start()
+        try:
+            self.consumer.start_consuming(callback)
+        finally:
+            watchdog.cancel()
+            watchdog.join()
         return self.read
 
 

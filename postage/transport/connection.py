@@ -461,7 +461,7 @@ class Connection:
         begun = False
 
         def answer(result: Any, error: TransportError | None) -> None:
-            if isinstance(error, ConnectionLostError) and self.state is not State.CLOSED:
+            if isinstance(error, ConnectionLostError) and not self.is_open:
                 self._put(question)  # once more, on the next connection
                 return
             if channel.is_open:

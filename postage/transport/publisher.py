@@ -451,12 +451,16 @@ class Publisher:
             self._set_alarm(min(left))
 
     def _expire(self, now: float) -> None:
-        for tag, publishing in list(self._written.items()):
-            if publishing.deadline <= now:
-                del self._written[tag]
-                self._settle(publishing, Fate.RETURNED if publishing.returned else Fate.UNKNOWN)
-        for publishing in [each for each in self._held if each.deadline <= now]:
-            self._held.remove(publishing)
+        written = {tag: each for tag, each in self._written.items() if each.deadline <= now}
+        held = [each for each in self._held if each.deadline <= now]
+        # All go before the first sender is told: it may send or withdraw others over it.
+        for tag in written:
+            del self._written[tag]
+        if held:
+            self._held = collections.deque(each for each in self._held if each.deadline > now)
+        for publishing in written.values():
+            self._settle(publishing, Fate.RETURNED if publishing.returned else Fate.UNKNOWN)
+        for publishing in held:
             if publishing.in_doubt:
                 self._settle(publishing, Fate.UNKNOWN)
             else:

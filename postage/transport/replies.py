@@ -115,8 +115,9 @@ class ReplyQueue:
 
     def close(self) -> None:
         """Let the broker delete the queue."""
-        self._lost = lambda error: None
-        if self._channel.is_open:
+        self._opened_callback = _ignore
+        self._lost = _ignore
+        if not (self._channel.is_closing or self._channel.is_closed):  # perhaps it opens yet
             self._channel.close()
 
     def _channel_opened(self, channel: Channel) -> None:
@@ -145,3 +146,7 @@ class ReplyQueue:
     def _closed(self, _channel: Channel, reason: Exception) -> None:
         self.error = translated(reason)
         self._lost(self.error)
+
+
+def _ignore(_value: object) -> None:
+    """Hear something when nobody wants to know it any more."""

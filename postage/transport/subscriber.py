@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import pika
+from pika import spec as amqp_spec
 from pika.channel import Channel
 
 from postage.errors import (
@@ -182,6 +183,7 @@ class Subscriber:
         self._named_on: pika.SelectConnection | None = None
         self._adopted: set[ExchangeSpec | QueueSpec] = set()
         self._consumers: dict[QueueSpec, _Consumer] = {}
+        self._cancelling: dict[str, Callable[[], None]] = {}  # what to do then, by consumer tag
         self._joined = False
         self._closed = False
         self._leaving_on: int | None = None  # the channel on which all was stopped
@@ -318,7 +320,9 @@ class Subscriber:
     def stopped(self) -> bool:
         """Tell whether no consumer is live any more: nothing comes in after this."""
         consumers = tuple(self._consumers.values())
-        return self._channel is None or not any(each.tag for each in consumers)
+        return self._channel is None or not (
+            self._cancelling or any(each.tag for each in consumers)
+        )
 
     @property
     def consuming(self) -> bool:
@@ -399,6 +403,7 @@ class Subscriber:
         self._channel_number += 1
         self._unsettled.clear()
         self._acked.clear()
+        self._cancelling.clear()
         self._decided.clear()
         self.inbox.clear()
         for consumer in self._consumers.values():
@@ -434,6 +439,10 @@ class Subscriber:
         channel = amqp.channel(on_open_callback=self.hub.shielded(self._opened))
         channel.add_on_close_callback(self.hub.shielded(self._channel_closed))
         channel.add_on_cancel_callback(self.hub.shielded(self._cancelled))
+        # One for all: pika calls those of `basic_cancel()` at whichever cancel-ok comes first.
+        channel.add_callback(
+            self.hub.shielded(self._cancel_agreed), [amqp_spec.Basic.CancelOk], one_shot=False
+        )
         self._channel = channel
 
     def _opened(self, channel: Channel) -> None:
@@ -533,13 +542,12 @@ class Subscriber:
         consumer.live = False
         if tag is None or channel is None or not channel.is_open:
             return
+        consumer.tag = None
+        self._cancelling[tag] = then
+        channel.basic_cancel(tag, callback=_ignore)
 
-        def cancelled(_frame: Any) -> None:
-            if consumer.tag == tag:
-                consumer.tag = None
-            then()
-
-        channel.basic_cancel(tag, callback=self.hub.shielded(cancelled))
+    def _cancel_agreed(self, frame: Any) -> None:
+        self._cancelling.pop(frame.method.consumer_tag, _nothing)()
 
     def _cancelled(self, frame: Any) -> None:
         """Hear that the broker cancelled a consumer: its queue was deleted, or moved."""
@@ -655,7 +663,7 @@ class Subscriber:
         settlement has to do.
         """
         asking = any(each.tag and not each.live for each in self._consumers.values())
-        if not consumer.starting or not consumer.wanted or asking:
+        if not consumer.starting or not consumer.wanted or asking or self._cancelling:
             return
         consumer.starting = False
 
@@ -725,7 +733,8 @@ class Subscriber:
 
         def closed(_channel: Channel, reason: Exception) -> None:
             agreed.append(unbroken and isinstance(translated(reason), ClosedError))
-            self._leave()
+            if self._closed:  # else it comes late, and consuming goes on already
+                self._leave()
 
         self._closed = True
         channel.add_on_close_callback(self.hub.shielded(closed))
@@ -756,7 +765,11 @@ _tags = itertools.count(1)
 
 
 def _nothing() -> None:
-    """What to do on a delivery when nobody said."""
+    """What to do when nobody said."""
+
+
+def _ignore(_frame: Any) -> None:
+    """Ask for an answer, which another callback hears."""
 
 
 def _in_order(channel: Channel, steps: _Steps) -> Script[None]:

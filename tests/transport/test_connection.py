@@ -410,6 +410,54 @@ def test_a_script_may_go_on_after_a_refusal(settings: Settings) -> None:
 
 
 @rabbitmq
+def test_a_question_that_cannot_be_written_fails_at_once(settings: Settings) -> None:
+    """Asking it again and again, on one channel after the other, would not help."""
+
+    def script(channel: Any) -> Any:
+        yield partial(channel.queue_declare, queue="q" * 256)
+
+    with using(settings) as connection:
+        with pytest.raises(TransportError) as caught:
+            connection.ask(script, DEADLINE, "declare")
+        assert not isinstance(caught.value, ConnectionFailedError)
+        assert "ShortStringTooLong" in str(caught.value)
+
+
+@rabbitmq
+def test_many_threads_may_ask_at_once(settings: Settings) -> None:
+    """Each gets the answer to its own question."""
+
+    def script(name: str, channel: Any) -> Any:
+        yield partial(channel.queue_declare, queue=name, durable=True)
+        answer = yield partial(channel.queue_declare, queue=name, passive=True)
+        return answer.method.queue
+
+    names = [f"box-{number}" for number in range(64)]
+    with using(settings) as connection, ThreadPoolExecutor(8) as pool:
+        answers = [
+            pool.submit(connection.ask, partial(script, name), DEADLINE, "declare")
+            for name in names
+        ]
+        assert names == [answer.result() for answer in answers]
+
+
+def test_a_setting_that_pika_refuses_is_reported() -> None:
+    """It is no connection that failed, but it is told in the same way."""
+    refused = pytest.raises(ConnectionFailedError, match="heartbeat")
+    with using(replace(NOWHERE, heartbeat=-1)) as connection, refused:
+        connection.ask(declaring, 0.2, "declare")
+
+
+@rabbitmq
+def test_a_broker_without_tls_is_reported(settings: Settings) -> None:
+    """The words are those of the TLS library."""
+    with using(replace(settings, tls=True)) as connection:
+        with pytest.raises(ConnectionFailedError):
+            connection.ask(declaring, 0.2, "declare")
+        wait_for(connection, lambda: "SSL" in connection.trouble())
+
+
+@rabbitmq
 def test_questions_leave_no_channel_behind(rabbitmq_node: RabbitNode, settings: Settings) -> None:
     """The channel of each question is closed after the answer, also after a refusal."""
 

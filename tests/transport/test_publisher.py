@@ -665,6 +665,17 @@ def test_a_message_in_doubt_is_not_taken_back_as_unsent(
     assert [b"first", b"second", b"third"] == peer.bodies("box")
 
 
+def test_a_sender_may_withdraw_others_when_it_hears_of_a_fate() -> None:
+    """The deadlines of the rest are kept all the same."""
+    with Sender(Settings((("127.0.0.1", 1),), "/", "guest", "guest"), grace=0) as sender:
+        first, second, third = (sender.make("box", timeout=SOON) for _ in range(3))
+        second.deadline = first.deadline
+        third.deadline = first.deadline + SOON
+        first.settled = lambda _first: sender.publisher.withdraw(second)
+        sender.start(first, second, third)
+        assert [Fate.UNSENT] == sender.wait([third])
+
+
 # ------------------------------------------------------------------------------- the end
 
 
