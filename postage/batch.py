@@ -52,7 +52,7 @@ class Batch:
         self._producer = producer
         self._publisher = producer._open()
         self._chunk: collections.deque[Publishing] = collections.deque()
-        self._collecting = False
+        self._collecting = self._calling = False
         self._sent = 0
         self._open = False
 
@@ -131,7 +131,8 @@ class Batch:
         if len(self._chunk) >= BATCH_CHUNK:
             if self._sent - self._settled > BATCH_WINDOW:
                 self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
-            else:
+            elif not self._calling:  # else the leader is on its way to the chunk already
+                self._calling = True
                 hub.call(self._hand_over)
         elif not self._collecting:  # cleared before the chunk is handed over
             self._collecting = True
@@ -150,6 +151,7 @@ class Batch:
         self._hand_over()
 
     def _hand_over(self) -> None:
+        self._calling = False  # before the chunk is looked at
         chunk = []
         while self._chunk:
             chunk.append(self._chunk.popleft())

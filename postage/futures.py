@@ -9,11 +9,16 @@ it says how its thread can wait.
 from __future__ import annotations
 
 import collections
+import contextlib
+import logging
 import sys
+import threading
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
 from postage.errors import PostageError, TimeoutError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -29,12 +34,13 @@ class Future(Generic[T]):
         wake: Called after it was set, by the thread that set it; ends the wait of others.
     """
 
-    __slots__ = ("_callbacks", "_done", "_error", "_value", "_wait", "_wake")
+    __slots__ = ("_callbacks", "_done", "_error", "_unset", "_value", "_wait", "_wake")
 
     def __init__(self, wait: Wait, wake: Callable[[], None] | None = None) -> None:
         self._wait = wait
         self._wake = wake
         self._done = False
+        self._unset = threading.Lock()  # locked for good by the one thread that sets it
         self._value: T | None = None
         self._error: BaseException | None = None
         self._callbacks: collections.deque[Callable[[], None]] = collections.deque()
@@ -46,13 +52,13 @@ class Future(Generic[T]):
 
     def set(self, value: T) -> None:
         """Set the result. Later results and errors are ignored."""
-        if not self._done:
+        if self._unset.acquire(blocking=False):
             self._value = value
             self._finish()
 
     def fail(self, error: BaseException) -> None:
         """Set an error, which `result()` raises. Later results and errors are ignored."""
-        if not self._done:
+        if self._unset.acquire(blocking=False):
             self._error = error
             self._finish()
 
@@ -82,7 +88,8 @@ class Future(Generic[T]):
     def when_ready(self, callback: Callable[[], None]) -> None:
         """Call back once, as soon as it is set, in whichever thread sets it.
 
-        The callback must be quick and must not wait: it may run in the I/O loop.
+        The callback must be quick and must not wait: it may run in the I/O loop. What it
+        raises is logged.
         """
         self._callbacks.append(callback)
         if self._done:  # set meanwhile: whoever takes it out of the queue calls it
@@ -99,7 +106,8 @@ class Future(Generic[T]):
                 arrived.set_result(None)
 
         def wake() -> None:
-            loop.call_soon_threadsafe(arrive)
+            with contextlib.suppress(RuntimeError):  # closed: nobody awaits it any more
+                loop.call_soon_threadsafe(arrive)
 
         self.when_ready(wake)
         yield from arrived.__await__()
@@ -117,7 +125,10 @@ class Future(Generic[T]):
                 callback = self._callbacks.popleft()
             except IndexError:  # another thread took it
                 return
-            callback()
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback of a future failed: %r", callback)
 
 
 def refuse_in_coroutine(what: str, instead: str) -> None:

@@ -55,7 +55,7 @@ from postage.settings import (
     compat_from_environment,
     settings_for,
 )
-from postage.topology import DefaultExchange, Eks, Exchange, exchange_spec
+from postage.topology import DefaultExchange, Eks, Exchange, ExchangeSpec, exchange_spec
 from postage.transport import connection as connections
 from postage.transport.connection import Connection
 from postage.transport.publisher import Publisher, check_encodable
@@ -170,7 +170,9 @@ class GenericProducer:
             **(fingerprint or {}),
         }
         self._settings = settings_for(self.hup, self.vhost)
-        _checked(self.eks)
+        #: What `eks` was when it was last read, and the values of its pairs.
+        self._read: tuple[Any, list[tuple[ExchangeSpec, str]]] = (None, [])
+        self._targets({})
         self._replies = ReplyStream()
         self._collectors: dict[str, ReplyCollector] = {}
         self._pid = os.getpid()
@@ -297,7 +299,7 @@ class GenericProducer:
         return self._compose_body(body, kwds)
 
     def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> Composed:
-        pairs = self._get_eks(special)
+        pairs = self._targets(special)
         timeout = special.get("_timeout")
         encoded_body = self._encode(body)
         _show(encoded_body, pairs)
@@ -384,7 +386,7 @@ class GenericProducer:
             composed = Composed(
                 request.body,
                 properties,
-                self._get_eks(special)[:1],
+                [(request.exchange, request.key)],
                 mandatory=request.mandatory,
                 confirm=True,
                 timeout=self.publish_timeout,
@@ -441,6 +443,15 @@ class GenericProducer:
 
     # ------------------------------------------------------------------ what both need
 
+    def _targets(self, special: Mapping[str, Any]) -> Sequence[tuple[ExchangeSpec, str]]:
+        """Return the pairs as values. Those of `eks` are read again only if it was changed."""
+        if not _ROUTING.isdisjoint(special):
+            return [(exchange.spec(), key) for exchange, key in self._get_eks(special)]
+        eks = tuple(self.eks)
+        if eks != self._read[0]:
+            self._read = eks, [(exchange.spec(), key) for exchange, key in self._get_eks({})]
+        return self._read[1]
+
     def _get_eks(self, special: Mapping[str, Any]) -> Sequence[tuple[type[Exchange], str]]:
         """Return the pairs that a message goes to. ``_eks`` wins over ``_key``."""
         if "_queue" in special:
@@ -461,12 +472,12 @@ class GenericProducer:
     def _build_message_properties(
         self,
         special: Mapping[str, Any] | None = None,
-        pairs: Sequence[tuple[type[Exchange], str]] = (),
+        pairs: Sequence[tuple[Any, str]] = (),
     ) -> pika.BasicProperties:
         return pika.BasicProperties(**self._properties(special or {}, pairs))
 
     def _properties(
-        self, special: Mapping[str, Any], pairs: Sequence[tuple[type[Exchange], str]]
+        self, special: Mapping[str, Any], pairs: Sequence[tuple[Any, str]]
     ) -> dict[str, Any]:
         headers = special.get("_headers")
         message_id = special.get("_message_id") or new_message_id()
@@ -547,7 +558,7 @@ class GenericProducer:
             return {"name": path.name, "content": list(lines)}
 
 
-def _show(body: bytes, pairs: Iterable[tuple[type[Exchange], str]]) -> None:
+def _show(body: bytes, pairs: Iterable[tuple[Any, str]]) -> None:
     if logger.isEnabledFor(debugging.DEBUG):
         logger.debug("> %s to %s", body, [(exchange.name, key) for exchange, key in pairs])
 

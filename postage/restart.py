@@ -67,8 +67,11 @@ def obstacle() -> str | None:
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     if script is None:
         return None  # python -c, or embedded
+    source = Path(script)
+    if source.suffix == ".pyc" or not source.parent.is_dir() or hasattr(sys, "frozen"):
+        return None  # compiled already, in an archive, or made into an executable
     try:
-        compile(Path(script).read_bytes(), script, "exec", dont_inherit=True)
+        compile(source.read_bytes(), script, "exec", dont_inherit=True)
     except (OSError, SyntaxError, ValueError) as error:
         return f"{script}: {error}"
     return None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pika
 
 from postage.errors import PostageError, UnroutableError
-from postage.topology import Exchange
+from postage.topology import ExchangeSpec
 from postage.transport.publisher import Fate, Publishing
 
 
@@ -22,7 +22,7 @@ class Composed:
         self,
         body: bytes,
         properties: pika.BasicProperties,
-        pairs: Sequence[tuple[type[Exchange], str]],
+        pairs: Sequence[tuple[ExchangeSpec, str]],
         *,
         mandatory: bool,
         confirm: bool,
@@ -41,7 +41,7 @@ class Composed:
         deadline = time.monotonic() + self.timeout
         return [
             Publishing(
-                exchange.spec(),
+                exchange,
                 key,
                 self.body,
                 self.properties,
