@@ -128,10 +128,10 @@ class Batch:
 
         self._chunk.extend(Sending(composed, finished).publishings)
         self._sent += 1
-        if len(self._chunk) >= BATCH_CHUNK:
-            if self._sent - self._settled > BATCH_WINDOW:
-                self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
-            elif not self._calling:  # else the leader is on its way to the chunk already
+        if self._sent - self._settled > BATCH_WINDOW:
+            self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
+        elif len(self._chunk) >= BATCH_CHUNK:
+            if not self._calling:  # else the leader is on its way to the chunk already
                 self._calling = True
                 hub.call(self._hand_over)
         elif not self._collecting:  # cleared before the chunk is handed over

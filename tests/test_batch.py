@@ -16,6 +16,7 @@ from typing import Any
 import pika
 import pytest
 
+from postage.batch import BATCH_CHUNK, BATCH_WINDOW
 from postage.errors import (
     BatchError,
     ClosedError,
@@ -27,7 +28,6 @@ from postage.errors import (
     UnroutableError,
 )
 from postage.messaging import Batch, Exchange, GenericProducer
-from postage.batch import BATCH_CHUNK, BATCH_WINDOW
 from tests.rabbitmq_node import RabbitNode
 from tests.waiting import wait_until
 
@@ -276,6 +276,31 @@ def test_what_was_written_and_never_confirmed_is_unknown(
     assert [str(number) for number in range(10)] == [each for each, _ in caught.value.unknown]
     assert {PublishUnknownError} == {type(error) for _id, error in caught.value.unknown}
     assert ([], []) == (caught.value.confirmed, caught.value.failed)
+
+
+def test_a_block_that_is_not_too_fast_does_not_fill_the_memory_either(
+    rabbitmq_node: RabbitNode, mailbox: Mailbox, broker_url: str
+) -> None:
+    """While a broker is frozen, a batch waits as soon as its window is full."""
+
+    class Impatient(Sender):
+        publish_timeout = 2
+
+    outstanding = 0
+    with Impatient() as producer:
+        producer.message_warm_up("warm up")
+        rabbitmq_node.suspend()
+        try:
+            with pytest.raises(BatchError), producer.batch() as batch:
+                for number in range(BATCH_WINDOW + 10 * BATCH_CHUNK):
+                    batch.message_number(number)
+                    outstanding = max(outstanding, producer.channel.outstanding)
+                    if number % (BATCH_CHUNK // 2) == 0:
+                        wait_until(lambda: not batch._chunk)
+        finally:
+            rabbitmq_node.resume()
+
+    assert outstanding <= BATCH_WINDOW + 2 * BATCH_CHUNK
 
 
 def test_a_connection_that_is_lost_during_a_batch_loses_nothing(

@@ -150,14 +150,16 @@ def test_a_consumer_calls_back_with_each_message(
 
 
 @pytest.mark.rabbitmq
+@pytest.mark.parametrize("queue", ["named", LETTERS, Queue(exclusive=True)])
 def test_what_is_sent_from_the_constructor_on_is_kept(
-    consumer: GenericConsumer, producer: Sender
+    producer: Sender, broker_url: str, queue: Any
 ) -> None:
-    """Also before it consumes."""
-    for number in range(5):
-        producer.message_echo(number)
+    """Also before it consumes, and where the broker invents the name of the queue."""
+    with GenericConsumer([(Letters, [(queue, "post")])]) as consumer:
+        for number in range(5):
+            producer.message_echo(number)
 
-    assert [0, 1, 2, 3, 4] == Reader(consumer).until(5)
+        assert [0, 1, 2, 3, 4] == Reader(consumer).until(5)
 
 
 @pytest.mark.rabbitmq

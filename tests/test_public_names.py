@@ -13,13 +13,38 @@ import pytest
 import postage
 from postage import errors, generic_application, messaging, microthreads
 
-MESSAGING = """
-    AckAndRestart Encoder Exchange ExchangeType FilterError Fingerprint GenericConsumer
-    GenericProducer Handler JsonEncoder Message MessageCommand MessageFilter MessageHandler
-    MessageHandlerFullBody MessageHandlerType MessageProcessor MessageResult MessageResultError
-    MessageResultException MessageStatus RejectMessage RpcCommand RpcHandler TimeoutError
-    debug_mode global_hup global_password global_user global_vhost
-""".split()
+MESSAGING = [
+    "AckAndRestart",
+    "Encoder",
+    "Exchange",
+    "ExchangeType",
+    "FilterError",
+    "Fingerprint",
+    "GenericConsumer",
+    "GenericProducer",
+    "Handler",
+    "JsonEncoder",
+    "Message",
+    "MessageCommand",
+    "MessageFilter",
+    "MessageHandler",
+    "MessageHandlerFullBody",
+    "MessageHandlerType",
+    "MessageProcessor",
+    "MessageResult",
+    "MessageResultError",
+    "MessageResultException",
+    "MessageStatus",
+    "RejectMessage",
+    "RpcCommand",
+    "RpcHandler",
+    "TimeoutError",
+    "debug_mode",
+    "global_hup",
+    "global_password",
+    "global_user",
+    "global_vhost",
+]
 
 
 @pytest.mark.parametrize("name", MESSAGING)

@@ -665,6 +665,8 @@ def test_a_call_in_a_coroutine_is_awaited(service: Service, client: Client) -> N
 def test_blocking_forms_in_a_coroutine_raise(service: Service, client: Client) -> None:
     """They would stop the event loop. What to do instead is said, and nothing is sent."""
     queue = client.rpc_queue_echo()
+    pending = client.rpc_wait(_future=True)
+    wait_until(lambda: service.ran == [{}, {}])
 
     async def main() -> None:
         for block in (
@@ -674,7 +676,7 @@ def test_blocking_forms_in_a_coroutine_raise(service: Service, client: Client) -
             client.message,
             lambda: client.forward({}),
             lambda: client.consume_rpc(queue),
-            client.rpc_wait(_future=True).result,
+            pending.result,
         ):
             with pytest.raises(PostageError, match="would block the event loop"):
                 block()
@@ -682,6 +684,7 @@ def test_blocking_forms_in_a_coroutine_raise(service: Service, client: Client) -
     asyncio.run(main())
     service.go_on.set()
     assert client.consume_rpc(queue)
+    assert pending.result(30)
     assert [{}, {}] == service.ran
 
 

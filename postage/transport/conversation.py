@@ -60,6 +60,19 @@ def translated(error: BaseException | None) -> TransportError:
     return ConnectionLostError(f"the connection was lost: {error!r}")
 
 
+def _unsent(error: Exception) -> TransportError:
+    """Return the error of a request that was not sent, or of a script that could make none.
+
+    If it is not for the channel, it is a mistake, such as an argument that cannot be encoded.
+    No new connection would mend that.
+    """
+    if isinstance(error, (pika_errors.AMQPConnectionError, pika_errors.AMQPChannelError)):
+        return translated(error)
+    mistake = TransportError(f"the broker cannot be asked: {type(error).__name__}: {error}")
+    mistake.__cause__ = error
+    return mistake
+
+
 class _Conversation:
     def __init__(self, channel: Channel, script: Script[Any], done: Done, shielded: Any) -> None:
         self._script = script
@@ -86,12 +99,12 @@ class _Conversation:
             except TransportError as error:
                 return self._finish(None, error)
             except Exception as error:
-                return self._finish(None, translated(error))
+                return self._finish(None, _unsent(error))
             try:
                 request(callback=self._shielded(self._hear))
                 return None
-            except pika_errors.AMQPError as error:  # such as: the channel is closed already
-                step = partial(self._script.throw, translated(error))
+            except Exception as error:  # such as: the channel is closed already
+                step = partial(self._script.throw, _unsent(error))
 
     def _finish(self, result: Any, error: TransportError | None) -> None:
         done, self._done = self._done, None
@@ -159,7 +172,7 @@ def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
 
 
 def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
-    """Declare a queue, and first the one that its dead letters go to.
+    """Declare a queue.
 
     Returns:
         Its name, which is the broker's choice if it has none.

@@ -502,6 +502,18 @@ def test_a_lost_connection_comes_back(
     assert f"connected to {settings} again" == ours[1].getMessage()
 
 
+def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """However many attempts fail while it lasts."""
+    attempts: list[Any] = []
+    lodger = Lodger()
+    lodger.disconnected = attempts.append  # type: ignore[method-assign]
+    with using(at(unused_port())) as connection:
+        connection.hub.call(lambda: connection.join(lodger))
+        wait_for(connection, lambda: len(attempts) >= 3)
+    ours = [each for each in caplog.records if each.name == connections.__name__]
+    assert ["WARNING"] == [each.levelname for each in ours]
+
+
 @rabbitmq
 def test_a_broker_that_was_killed_is_found_again(
     rabbitmq_node: RabbitNode, settings: Settings

