@@ -7,6 +7,7 @@ What is added is in headers of its own.
 
 from __future__ import annotations
 
+import struct
 import time
 import traceback
 from collections.abc import Collection, Mapping
@@ -50,7 +51,7 @@ def parked_properties(
         fingerprint: Of the component that gives up.
     """
     original = delivery.properties
-    headers = dict(original.headers or {})
+    headers = {name: _writable(value) for name, value in (original.headers or {}).items()}
     # A message that is published again with the broker's record of its dead letterings
     # would be taken for one that goes in circles, and dropped in silence.
     headers.pop("x-death", None)
@@ -102,6 +103,15 @@ def _encodable(text: Any) -> str:
     if isinstance(text, bytes):
         return text.decode("utf-8", "backslashreplace")
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _writable(value: Any) -> Any:
+    """Return the value of a header, or its text: pika makes an int of 300 digits of a double."""
+    try:
+        _size_of("", value)
+    except struct.error:
+        return str(value)
+    return value
 
 
 def _shorten(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -356,6 +357,32 @@ def test_headers_of_any_type_are_kept(channel: BlockingChannel) -> None:
         send_last(channel, own)
 
     assert headers == {name: properties.headers[name] for name in headers}
+
+
+class WithDouble(pika.BasicProperties):  # type: ignore[misc]
+    """Properties in which the header value `MARK` is a double of 1e300, which pika cannot write."""
+
+    def encode(self) -> list[bytes]:
+        number, double = struct.pack(">cq", b"l", MARK), struct.pack(">cd", b"d", 1e300)
+        return [piece.replace(number, double) for piece in super().encode()]
+
+
+MARK = 0x123456789ABCDE
+
+
+def test_a_header_that_pika_reads_and_cannot_write_becomes_a_text(
+    channel: BlockingChannel,
+) -> None:
+    """pika makes a number of 300 digits of a double, and the component ended, again and again."""
+    headers = {"double": MARK, "table": {"double": MARK}, "number": 1}
+
+    with Running(own := Component()):
+        channel.basic_publish("", "q", b"no JSON", WithDouble(headers=headers))
+        properties, _ = take(channel, "q.error")[0]
+        send_last(channel, own)
+
+    assert (str(int(1e300)), 1) == (properties.headers["double"], properties.headers["number"])
+    assert properties.headers["table"].startswith("{'double': 1000000000000000")
 
 
 def test_a_routing_key_that_is_no_text_is_readable_in_the_error_queue(

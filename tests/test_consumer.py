@@ -56,6 +56,10 @@ class Sender(GenericProducer):
 
 LETTERS = Queue("letters", exclusive=True)
 
+#: Names that these tests use for queues that outlive them.
+DURABLE = ("kept", "named", "no-flags", "letters", f"private-{os.getpid()}", f"x{os.getpid()}0")
+QUEUES = [name + ending for name in DURABLE for ending in ("", ".error")]
+
 
 class Reader:
     """Reads what a consumer gets, and settles it.
@@ -85,6 +89,17 @@ class Reader:
             watchdog.cancel()
             watchdog.join()
         return self.read
+
+
+@pytest.fixture(autouse=True)
+def no_queues_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Delete the durable queues of a test where the next one finds the same virtual host."""
+    yield
+    url = os.environ.get("POSTAGE_TEST_URL")
+    if url is not None and "broker_url" in request.fixturenames:
+        with closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+            for name in QUEUES:
+                connection.channel().queue_delete(name)
 
 
 @pytest.fixture
@@ -514,10 +529,14 @@ def test_an_exchange_of_another_type_is_an_error_that_says_so(
     broker_url: str, channel: Any
 ) -> None:
     """It names the exchange."""
-    channel.exchange_declare("letters", "topic", durable=True)
 
-    with pytest.raises(ExchangeMismatchError, match="declare exchange 'letters'"):
-        GenericConsumer([(Letters, [(LETTERS, "post")])])
+    class Mistaken(Exchange):
+        name = "mistaken"
+
+    channel.exchange_declare("mistaken", "topic", durable=True)
+
+    with pytest.raises(ExchangeMismatchError, match="declare exchange 'mistaken'"):
+        GenericConsumer([(Mistaken, [(LETTERS, "post")])])
 
 
 @pytest.mark.rabbitmq

@@ -295,7 +295,7 @@ def test_blocking_in_a_coroutine_is_refused(future: Future[Any]) -> None:
     """It would stop the event loop; the error says what to do instead."""
 
     async def main() -> None:
-        future.result()
+        future.result(1.0)
 
     with pytest.raises(PostageError, match=r"future\.result\(\) would block .*: await the future"):
         asyncio.run(main())

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -128,6 +129,17 @@ def running(service: Service) -> Iterator[Service]:
         service.close()
 
 
+@pytest.fixture(autouse=True)
+def no_queues_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Delete the durable queues of a test where the next one finds the same virtual host."""
+    yield
+    url = os.environ.get("POSTAGE_TEST_URL")
+    if url is not None and "broker_url" in request.fixturenames:
+        with closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+            for name in QUEUES:
+                connection.channel().queue_delete(name)
+
+
 @pytest.fixture
 def service(broker_url: str) -> Iterator[Service]:
     with running(Service(Queue("service", exclusive=True))) as service:
@@ -139,6 +151,9 @@ def client(broker_url: str) -> Iterator[Client]:
     with Client(FINGERPRINT) as client:
         yield client
 
+
+#: Names that these tests use for queues that outlive them.
+QUEUES = ("service", "service.error", "deserted")
 
 Respond = Callable[[Any, pika.BasicProperties, dict[str, Any]], None]
 

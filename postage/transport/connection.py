@@ -31,10 +31,11 @@ from pika.channel import Channel
 
 from postage.errors import (
     ClosedError,
+    ConfigurationError,
     ConnectionFailedError,
     ConnectionLostError,
-    ExchangeMismatchError,
     ForkedError,
+    MismatchError,
     TransportError,
 )
 from postage.futures import Future
@@ -159,6 +160,18 @@ def backoff(failures: int, chance: float) -> float:
             come back spread over the whole pause.
     """
     return chance * min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(failures - 1, 16))
+
+
+def is_adopted(error: MismatchError) -> bool:
+    """Tell whether what exists with other arguments is used as it is. Says so in the log."""
+    try:
+        adopted = adopt_on_mismatch()
+    except ConfigurationError as mistake:  # in the loop there is nobody to raise it for
+        logger.error("%s", mistake)
+        return False
+    if adopted:
+        logger.warning("%s; used as it is", error)
+    return adopted
 
 
 class Connection:
@@ -298,8 +311,7 @@ class Connection:
         """Declare an exchange, after which `knows()` it."""
 
         def declared(_result: Any, error: TransportError | None) -> None:
-            if isinstance(error, ExchangeMismatchError) and adopt_on_mismatch():
-                logger.warning("%s; used as it is", error)
+            if isinstance(error, MismatchError) and is_adopted(error):
                 error = None
             if error is None:
                 self._exchanges.add(exchange)

@@ -640,8 +640,11 @@ class Hub:
         Closing a connection would send AMQP over the parent's socket, and unregistering
         a descriptor would change the parent's epoll set, which is shared. A descriptor
         that is replaced by /dev/null does neither, and its number stays taken, so that a
-        socket object that is collected later closes nothing else.
+        socket object that is collected later closes nothing else. Whoever still has this
+        hub finds it closed.
         """
+        self._lock = threading.RLock()  # another thread of the parent may hold the old one
+        self._closed, self._leader = True, None
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (*self.loop.watched, self._wakeup_writer.fileno()):
             os.dup2(null, descriptor, inheritable=False)

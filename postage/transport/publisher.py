@@ -474,9 +474,9 @@ class Publisher:
             return ClosedError(f"{text}, the producer was closed")
         if self.connection.state is State.BLOCKED:
             return BrokerBlockedError(f"{text}; an alarm of the broker blocks publishers")
+        missing = "answer from" if self.connection.is_open else "connection to"
         return PublishTimeoutError(
-            f"{text}, no connection to {self.connection.settings} in time"
-            f"{self.connection.trouble()}"
+            f"{text}, no {missing} {self.connection.settings} in time{self.connection.trouble()}"
         )
 
 

@@ -39,9 +39,8 @@ from postage.errors import (
     MismatchError,
     TransportError,
 )
-from postage.settings import adopt_on_mismatch
 from postage.topology import Binding, ExchangeSpec, QueueSpec, error_queue
-from postage.transport.connection import Connection, backoff
+from postage.transport.connection import Connection, backoff, is_adopted
 from postage.transport.conversation import (
     Script,
     attempting,
@@ -297,8 +296,7 @@ class Subscriber:
         spec = getattr(error, "spec", None)
         if spec is None:
             return False
-        if isinstance(error, MismatchError) and adopt_on_mismatch():
-            logger.warning("%s; used as it is", error)
+        if isinstance(error, MismatchError) and is_adopted(error):
             self._adopted.add(spec)
             return True
         if error.code == NOT_FOUND and (spec in self._adopted or spec in self._names):
@@ -510,6 +508,8 @@ class Subscriber:
             self.failure = None
             if self.consuming:
                 self._refused_since = None
+        elif error is not None and self._channel is not None and self._channel.is_open:
+            self._fail(error)  # it could not even be asked
         # else: the close of the channel, or of the connection, says what to do
 
     def _deliver(

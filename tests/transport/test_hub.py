@@ -648,6 +648,35 @@ def test_an_error_in_a_timer_is_logged(hub: Hub, caplog: pytest.LogCaptureFixtur
     assert "a callback of the I/O loop failed" in caplog.text
 
 
+def test_timers_ring_in_the_order_in_which_they_are_due(hub: Hub) -> None:
+    """Those that are due at the same time in the order in which they were set."""
+    rang: list[int] = []
+
+    def set_timers() -> None:
+        hub.call_later(0.02, partial(rang.append, 3))
+        hub.call_later(-1.0, partial(rang.append, 1))
+        hub.call_later(0.0, partial(rang.append, 2))
+
+    assert hub.wait(lambda: len(rang) == 3, first=set_timers)
+    assert [1, 2, 3] == rang
+
+
+def test_cancelled_timers_do_not_pile_up(hub: Hub) -> None:
+    """Most deadlines are far away, and cancelled."""
+    rang: list[int] = []
+
+    def set_timers() -> None:
+        hub.call_later(0.01, partial(rang.append, 1))
+        for _ in range(10_000):
+            timer = hub.call_later(3600.0, fail)
+            hub.cancel(timer)
+            hub.cancel(timer)
+
+    hub.call(set_timers)
+    assert len(hub.loop._timers) < 3000
+    assert held(hub, lambda: bool(rang))
+
+
 def test_a_cancelled_timer_does_not_ring(hub: Hub) -> None:
     """Nor does it ring when the loop breaks."""
     rang: list[int] = []
@@ -905,6 +934,24 @@ def test_the_descriptors_of_the_parent_lead_nowhere_in_a_child(shared: Hub) -> N
 
         assert len(watched) == 3
         in_child(child)
+
+
+def test_the_hub_of_the_parent_is_closed_in_a_child(shared: Hub) -> None:
+    """Whoever still has it is refused, in every thread, though others waited at the fork."""
+    leader, follower = Follower(shared), Follower(shared)
+
+    def child() -> None:
+        shared.call(fail)
+        shared.post(fail)
+        shared.close()
+        wait = partial(shared.wait, lambda: False)
+        for attempt in (wait, lambda: Task(wait).result()):
+            with pytest.raises(ClosedError):
+                attempt()
+
+    in_child(child)
+    leader.dismiss()
+    follower.dismiss()
 
 
 @pytest.mark.parametrize("deed", ["exit", "close", "unregister", "release", "wake"])

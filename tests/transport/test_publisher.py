@@ -22,7 +22,6 @@ from postage.errors import (
     BrokerBlockedError,
     ChannelClosedError,
     ClosedError,
-    ConfigurationError,
     ConnectionFailedError,
     EncodingError,
     ExchangeMismatchError,
@@ -375,14 +374,18 @@ def test_a_mismatching_exchange_fails_its_own_messages_only(sender: Sender, peer
 
 @rabbitmq
 def test_a_setting_that_makes_no_sense_is_reported_when_it_is_read(
-    sender: Sender, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    sender: Sender,
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It concerns the messages to the exchange that does not match, and at once."""
+    """The messages to an exchange that does not match fail at once, as without it."""
     monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adpot")
     peer.declare("box", exchange="letters")
     letter = sender.make("box", exchange=ExchangeSpec("letters", "fanout"))
     assert [Fate.UNSENT] == sender.send(letter)
-    assert isinstance(letter.error, ConfigurationError)
+    assert isinstance(letter.error, ExchangeMismatchError)
+    assert "POSTAGE_ON_MISMATCH is 'adpot'" in caplog.text
 
 
 @rabbitmq
