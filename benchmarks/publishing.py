@@ -22,7 +22,7 @@ from postage.messaging import DefaultExchange, GenericProducer
 #: Messages that plain pika sends ahead of their confirms; as many as a batch of postage does.
 WINDOW = 2000
 #: Messages that it writes before it lets its loop run.
-CHUNK = 100
+CHUNK = 500
 
 _PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
 

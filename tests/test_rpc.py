@@ -424,13 +424,13 @@ def test_the_class_says_how_long_and_how_often(broker_url: str) -> None:
     """A negative timeout, and None, mean that of the class, as in 1.2.1."""
 
     class Impatient(Client):
-        rpc_timeout = 0.1
+        rpc_timeout = 0.5
         max_retry = 1
 
     with PikaServer(broker_url, silent) as server, Impatient() as client:
         for keywords in ({}, {"_timeout": None, "_max_retry": None}, {"_timeout": -1}):
             _name, text = name_and_text(client.rpc_echo(**keywords))
-            assert text.endswith("within 2 times 0.1 s")
+            assert text.endswith("within 2 times 0.5 s")
         wait_until(lambda: len(server.requests) == 6)
 
 
