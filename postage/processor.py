@@ -17,6 +17,7 @@ import copy
 import enum
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -285,8 +286,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     def close(self) -> None:
         """Let the connections go, without the ceremony of `leave()`."""
-        if self._ended:
-            return
+        if self._ended or self._hub.pid != os.getpid():
+            return  # in a forked child everything belongs to the parent
         for delivery in list(self._in_flight):
             self._abandon(delivery)
         self._farewell = None
