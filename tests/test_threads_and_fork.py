@@ -516,7 +516,7 @@ def test_a_processor_belongs_to_the_process_that_made_it(broker_url: str, produc
         go_on_until(1)
         assert "ForkedError" == in_child(lambda: name_of_error(lambda: go_on_until(2)))()
         assert "ForkedError" == in_child(lambda: name_of_error(listener.start_consuming))()
-        assert "no error" == in_child(lambda: name_of_error(listener.close))()  # the parent's business
+        assert "no error" == in_child(lambda: name_of_error(listener.close))()  # the parent's
         go_on_until(2)
 
     assert ["first", "second"] == listener.heard
