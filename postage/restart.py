@@ -77,6 +77,19 @@ def obstacle() -> str | None:
     return None
 
 
+def folder() -> str | None:
+    """Return the folder that ``-m`` found this program in, if it was the working directory.
+
+    The new run finds it there only, wherever the program has changed to since.
+    """
+    main = sys.modules.get("__main__")
+    script, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if script is None or spec is None:
+        return None
+    root = str(Path(script).parents[spec.name.count(".")])
+    return root if root in sys.path[:1] and Path(root).is_dir() else None  # not a zip file
+
+
 def execute(message_id: str | None = None) -> NoReturn:
     """Close every connection, write out what is buffered, and become a new run.
 
@@ -94,4 +107,5 @@ def execute(message_id: str | None = None) -> NoReturn:
         with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or not there
             stream.flush()
     os.environ[VARIABLE] = message_id or UNNAMED
+    os.chdir(folder() or os.curdir)
     os.execl(arguments[0], *arguments)

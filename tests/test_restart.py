@@ -90,6 +90,24 @@ def test_a_restart_runs_the_same_program_again(
     assert [] == program.stderr
 
 
+@pytest.mark.parametrize("module", ["app", "package.app", "package"])
+def test_a_module_of_the_working_directory_is_found_again(
+    module: str, caller: Caller, tmp_path: Path
+) -> None:
+    """Also if the program has changed the working directory, as services do."""
+    package = tmp_path / "package"
+    package.mkdir()
+    for script in (tmp_path / "app.py", package / "app.py", package / "__main__.py"):
+        shutil.copy(ROOT / SCRIPT, script)
+
+    with Program(["-m", module, "app", "chdir"], cwd=tmp_path) as program:
+        for count in (1, 2, 3):
+            wait_for_runs(program, count)
+            caller.message_restart()
+        caller.message_quit()
+        program.wait()
+
+
 @pytest.mark.parametrize("kind", ["plain", "generator", "threaded", "async"])
 def test_any_handler_restarts_by_raising_ack_and_restart(kind: str, caller: Caller) -> None:
     """Its message is settled and does not restart the new run."""
