@@ -43,10 +43,13 @@ def caller(broker_url: str) -> Iterator[Caller]:
         yield producer
 
 
-def wait_for_runs(program: Program, count: int, name: str = "app") -> None:
+def wait_for_runs(
+    program: Program, count: int, name: str = "app", timeout: float = 30.0
+) -> None:
     """Wait until so many runs of a program have consumed; all but the first are restarts."""
     wait_until(
         lambda: program.stdout.count(f"ready {name}") >= count,
+        timeout,
         message=f"{count} runs of {program}: {program.output}",
     )
 
