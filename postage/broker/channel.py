@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: MIT
+"""A channel: publishing, confirms, consumers and settlements (AMQP 0-9-1, classes channel,
+basic and confirm). Exchanges and queues are in `declarations`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pika import amqp_object, spec
+
+from postage.broker import arguments, fields, frames
+from postage.broker.consumers import Consumer
+from postage.broker.errors import (
+    ACCESS_REFUSED,
+    NOT_ALLOWED,
+    NOT_FOUND,
+    NOT_IMPLEMENTED,
+    PRECONDITION_FAILED,
+    UNEXPECTED_FRAME,
+    Refusal,
+)
+from postage.broker.messages import Message, join_properties
+from postage.broker.queues import Entry, Queue
+from postage.broker.vhost import REPLY_TO, VirtualHost
+
+if TYPE_CHECKING:
+    from postage.broker.connection import Connection
+
+#: The largest body in bytes, as in RabbitMQ 3.10 (max_message_size).
+MAX_MESSAGE_SIZE = 134_217_728
+
+
+class Unsettled(NamedTuple):
+    """A delivery that waits for its settlement."""
+
+    entry: Entry
+    consumer: Consumer | None
+    since: float
+
+
+class _Content:
+    """A message that is being received."""
+
+    __slots__ = ("encoded", "method", "pieces", "received", "size")
+
+    def __init__(self, method: spec.Basic.Publish) -> None:
+        self.method = method
+        self.size = -1  # before its header has come
+        self.received = 0
+        self.encoded = b""
+        self.pieces: list[bytes] = []
+
+
+class Channel:
+    """A channel of a connection.
+
+    Attributes:
+        number: its number.
+        last_queue: the queue that it declared last: an empty name means this one.
+        is_closing: the broker has closed it, and waits for the client to say so too.
+    """
+
+    def __init__(self, connection: Connection, number: int, vhost: VirtualHost) -> None:
+        self.connection = connection
+        self.number = number
+        self.node = connection.node
+        self.vhost = vhost
+        self.last_queue: str | None = None
+        self.is_closing = False
+        self.consumers: dict[str, tuple[Consumer, Queue]] = {}
+        self.unsettled: dict[int, Unsettled] = {}
+        self._next_tag = 1
+        self._prefetch = 0
+        self._limit = 0
+        self._is_flowing = True
+        self._content: _Content | None = None
+        self._reply_tag: str | None = None
+        self._reply_address: str | None = None
+        self._is_confirming = False
+        self._published = 0
+        #: Publishings that wait for the disk, and those whose fate is told with this turn.
+        self._unconfirmed: set[int] = set()
+        self._acks: list[int] = []
+        self._nacks: list[int] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<Channel {self.number} [{len(self.consumers)} consumers, "
+            f"{len(self.unsettled)} unsettled]>"
+        )
+
+    # Frames
+
+    def send(self, method: amqp_object.Method) -> None:
+        """Send a method."""
+        self.connection.send(frames.method(self.number, method))
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether the rest of a message is due, and no method may come."""
+        return self._content is not None
+
+    def content_header(self, payload: bytes) -> None:
+        """Take the header of a message.
+
+        Raises:
+            Refusal: None was due, or it announces too much.
+        """
+        content = self._content
+        if content is None or content.size >= 0:
+            raise unexpected("method" if content is None else "content body", "content header")
+        class_id, content.size, content.encoded = frames.decode_content_header(payload)
+        if class_id != spec.Basic.INDEX:
+            raise unexpected("content header for class 60", f"one for class {class_id}")
+        if content.size > MAX_MESSAGE_SIZE:
+            self._content = None
+            raise Refusal(
+                PRECONDITION_FAILED,
+                f"message size {content.size} is larger than configured max size "
+                f"{MAX_MESSAGE_SIZE}",
+            )
+        if content.size == 0:
+            self._publish(content)
+
+    def content_body(self, payload: bytes) -> None:
+        """Take a part of the body of a message.
+
+        Raises:
+            Refusal: None was due, or it is more than was announced.
+        """
+        content = self._content
+        if content is None or content.size < 0:
+            raise unexpected("method" if content is None else "content header", "content body")
+        content.pieces.append(payload)
+        content.received += len(payload)
+        if content.received > content.size:
+            raise unexpected("method", "content body")
+        if content.received == content.size:
+            self._publish(content)
+
+    # Publishing
+
+    def begin_publish(self, method: spec.Basic.Publish, payload: bytes) -> None:
+        """Begin to receive a message."""
+        if method.immediate:
+            raise Refusal(NOT_IMPLEMENTED, "immediate=true")
+        self._content = _Content(method)
+
+    def _publish(self, content: _Content) -> None:
+        self._content = None
+        method = content.method
+        pieces = content.pieces
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if method.exchange and self.vhost.exchange(method.exchange).internal:
+            raise Refusal(
+                ACCESS_REFUSED,
+                f"cannot publish to internal exchange '{method.exchange}' in vhost "
+                f"'{self.vhost.name}'",
+            )
+        message = Message(method.exchange, method.routing_key, content.encoded, body)
+        self._check_user(message)
+        self._translate_reply_to(message)
+        if self._is_confirming:
+            self._published += 1
+        if self.node.is_nacking:
+            self._told(self._published, is_good=False)
+            return
+        outcome = self.vhost.publish(message)
+        if method.mandatory and not outcome.is_routed:
+            self._return(message)
+        if outcome.is_refused:
+            self._told(self._published, is_good=False)
+        elif outcome.is_stored:
+            self._wait_for_disk(self._published)
+        else:
+            self._told(self._published, is_good=True)
+
+    def _check_user(self, message: Message) -> None:
+        user = message.text("user_id")
+        if user is not None and user != self.connection.user:
+            raise Refusal(
+                PRECONDITION_FAILED,
+                f"user_id property set to '{user}' but authenticated user was "
+                f"'{self.connection.user}'",
+            )
+
+    def _translate_reply_to(self, message: Message) -> None:
+        if message.properties.get("reply_to") != _ENCODED_REPLY_TO:
+            return
+        if self._reply_address is None:
+            raise Refusal(PRECONDITION_FAILED, "fast reply consumer does not exist")
+        address = frames.short_string(self._reply_address)
+        message.properties = {**message.properties, "reply_to": address}
+        message.encoded = join_properties(message.properties)
+
+    def _return(self, message: Message) -> None:
+        method = spec.Basic.Return(312, "NO_ROUTE", message.exchange, message.routing_key)
+        self.connection.send_content(
+            frames.method(self.number, method), self.number, message.encoded, message.body
+        )
+
+    # Confirms
+
+    def select_confirms(self, method: spec.Confirm.Select, payload: bytes) -> None:
+        """Confirm what is published from now on."""
+        self._is_confirming = True
+        if not method.nowait:
+            self.send(spec.Confirm.SelectOk())
+
+    def _told(self, number: int, *, is_good: bool) -> None:
+        if self._is_confirming:
+            (self._acks if is_good else self._nacks).append(number)
+            self.node.confirm_soon(self)
+
+    def _wait_for_disk(self, number: int) -> None:
+        if self._is_confirming:
+            self._unconfirmed.add(number)
+            self.node.sync_soon(self, number)
+
+    def synced(self, number: int, *, is_good: bool) -> None:
+        """Take note that a message has reached the disk, or could not."""
+        if number in self._unconfirmed:
+            self._unconfirmed.remove(number)
+            self._told(number, is_good=is_good)
+
+    def send_confirms(self) -> None:
+        """Tell the publisher what has become of its messages since the last time."""
+        acks, nacks = self._acks, self._nacks
+        self._acks, self._nacks = [], []
+        if self.is_closing:
+            return
+        # A refusal goes first: an acknowledgement of many must not cover it.
+        for number in nacks:
+            self.send(spec.Basic.Nack(number, requeue=False))
+        for number, multiple in coalesced(acks, self._unconfirmed):
+            self.send(spec.Basic.Ack(number, multiple))
+
+    # Deliveries
+
+    @property
+    def can_take(self) -> bool:
+        """Whether it takes more deliveries now."""
+        if not self._is_flowing or not self.connection.has_room:
+            return False
+        return not self._limit or len(self.unsettled) < self._limit
+
+    def deliver(self, consumer: Consumer, entry: Entry) -> None:
+        """Send a message to a consumer."""
+        tag = self._next_tag
+        self._next_tag += 1
+        if not consumer.no_ack:
+            self.unsettled[tag] = Unsettled(entry, consumer, self.node.clock.now())
+        message = entry.message
+        method = frames.deliver(
+            self.number, consumer.encoded_tag, tag, entry.is_redelivered, message.address
+        )
+        self.connection.send_content(method, self.number, _encoded(entry), message.body)
+
+    def deliver_reply(self, message: Message) -> None:
+        """Send a message to the consumer of direct replies."""
+        tag = self._next_tag
+        self._next_tag += 1
+        encoded_tag = frames.short_string(self._reply_tag or "")
+        method = frames.deliver(self.number, encoded_tag, tag, False, message.address)
+        self.connection.send_content(method, self.number, message.encoded, message.body)
+
+    def dispatch(self) -> None:
+        """Take from all queues what the consumers can take by now."""
+        for _, queue in tuple(self.consumers.values()):
+            queue.dispatch()
+
+    def get(self, method: spec.Basic.Get, payload: bytes) -> None:
+        """Send one message, if there is one."""
+        queue = self.queue(method.queue)
+        entry = queue.get()
+        if entry is None:
+            self.send(spec.Basic.GetEmpty())
+            return
+        tag = self._next_tag
+        self._next_tag += 1
+        if method.no_ack:
+            queue.ack(entry)
+        else:
+            self.unsettled[tag] = Unsettled(entry, None, self.node.clock.now())
+        message = entry.message
+        answer = spec.Basic.GetOk(
+            tag, entry.is_redelivered, message.exchange, message.routing_key, queue.count
+        )
+        frame = frames.method(self.number, answer)
+        self.connection.send_content(frame, self.number, _encoded(entry), message.body)
+
+    # Consumers
+
+    def queue(self, name: str) -> Queue:
+        """Return a queue; an empty name means the one that was declared last.
+
+        Raises:
+            Refusal: There is none, or it belongs to another connection.
+        """
+        if not name:
+            if self.last_queue is None:
+                raise Refusal(NOT_FOUND, "no previously declared queue")
+            name = self.last_queue
+        return self.vhost.queue(name, self.connection)
+
+    def qos(self, method: spec.Basic.Qos, payload: bytes) -> None:
+        """Limit what may be unsettled: for each later consumer, or for the whole channel."""
+        if method.prefetch_size:
+            raise Refusal(NOT_IMPLEMENTED, "prefetch_size!=0 (0 expected)")
+        if self.node.is_strict:
+            arguments.check_strict_qos(is_global=method.global_qos)
+        if method.global_qos:
+            self._limit = method.prefetch_count
+        else:
+            self._prefetch = method.prefetch_count
+        self.send(spec.Basic.QosOk())
+        if method.global_qos:
+            self.dispatch()
+
+    def consume(self, method: spec.Basic.Consume, payload: bytes) -> None:
+        """Begin to consume from a queue, or to get direct replies."""
+        tag = method.consumer_tag or f"amq.ctag-{uuid.uuid4().hex}"
+        if tag in self.consumers or tag == self._reply_tag:
+            raise Refusal(NOT_ALLOWED, f"attempt to reuse consumer tag '{tag}'")
+        if method.queue == REPLY_TO:
+            self._consume_replies(tag, method)
+            return
+        queue = self.queue(method.queue)
+        raw = frames.arguments_of(type(method), payload)
+        priority = fields.decode(raw["x-priority"]) if "x-priority" in raw else 0
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise Refusal(PRECONDITION_FAILED, "invalid arg 'x-priority': no integer")
+        if queue.consumers.exclusive or (method.exclusive and len(queue.consumers)):
+            raise Refusal(
+                ACCESS_REFUSED,
+                f"queue '{queue.name}' in vhost '{self.vhost.name}' in exclusive use",
+            )
+        consumer = Consumer(
+            self,
+            tag,
+            no_ack=method.no_ack,
+            exclusive=method.exclusive,
+            prefetch=self._prefetch,
+            priority=priority,
+        )
+        self.consumers[tag] = (consumer, queue)
+        queue.add_consumer(consumer)
+        if not method.nowait:
+            self.send(spec.Basic.ConsumeOk(tag))
+        queue.dispatch()
+
+    def _consume_replies(self, tag: str, method: spec.Basic.Consume) -> None:
+        if not method.no_ack:
+            raise Refusal(PRECONDITION_FAILED, "reply consumer cannot acknowledge")
+        if self._reply_tag is not None:
+            raise Refusal(PRECONDITION_FAILED, "reply consumer already set")
+        self._reply_tag = tag
+        self._reply_address = f"{REPLY_TO}.{uuid.uuid4().hex}"
+        self.vhost.add_caller(self._reply_address, self)
+        if not method.nowait:
+            self.send(spec.Basic.ConsumeOk(tag))
+
+    def cancel(self, method: spec.Basic.Cancel, payload: bytes) -> None:
+        """End a consumer. It is no error if there is none."""
+        if method.consumer_tag == self._reply_tag:
+            self._stop_replies()
+        found = self.consumers.pop(method.consumer_tag, None)
+        if found is not None:
+            consumer, queue = found
+            queue.remove_consumer(consumer)
+        if not method.nowait:
+            self.send(spec.Basic.CancelOk(method.consumer_tag))
+        if found is not None:
+            self.vhost.consumer_left(queue)
+
+    def cancelled(self, consumer: Consumer) -> None:
+        """Tell a client that the broker has ended its consumer."""
+        del self.consumers[consumer.tag]
+        if self.connection.knows("consumer_cancel_notify"):
+            self.send(spec.Basic.Cancel(consumer.tag, nowait=True))
+
+    def _stop_replies(self) -> None:
+        if self._reply_address is not None:
+            self.vhost.remove_caller(self._reply_address)
+        self._reply_tag = self._reply_address = None
+
+    # Settlements
+
+    def ack(self, method: spec.Basic.Ack, payload: bytes) -> None:
+        """Let go of deliveries that were handled."""
+        settled = self._take(method.delivery_tag, method.multiple)
+        for each in settled:
+            each.entry.queue.ack(each.entry)
+        self._settled(settled)
+
+    def nack(self, method: spec.Basic.Nack, payload: bytes) -> None:
+        """Give deliveries back, or refuse them for good."""
+        self._refuse(self._take(method.delivery_tag, method.multiple), requeue=method.requeue)
+
+    def reject(self, method: spec.Basic.Reject, payload: bytes) -> None:
+        """Give one delivery back, or refuse it for good."""
+        self._refuse(self._take(method.delivery_tag, multiple=False), requeue=method.requeue)
+
+    def recover(self, method: spec.Basic.Recover, payload: bytes) -> None:
+        """Give back all that is unsettled."""
+        if not method.requeue:
+            raise Refusal(NOT_IMPLEMENTED, "requeue=false")
+        settled = list(self.unsettled.values())
+        self.unsettled.clear()
+        if isinstance(method, spec.Basic.Recover):
+            self.send(spec.Basic.RecoverOk())
+        self._refuse(settled, requeue=True)
+
+    def _refuse(self, settled: list[Unsettled], *, requeue: bool) -> None:
+        if requeue:
+            _give_back(settled)
+        else:
+            for each in settled:
+                each.entry.queue.reject(each.entry)
+        self._settled(settled)
+
+    def _take(self, tag: int, multiple: bool) -> list[Unsettled]:
+        """Return the deliveries that a tag means, which are settled now."""
+        unsettled = self.unsettled
+        if multiple and tag == 0:
+            found = list(unsettled.values())
+            unsettled.clear()
+            return found
+        if tag not in unsettled:
+            raise Refusal(PRECONDITION_FAILED, f"unknown delivery tag {tag}")
+        if not multiple:
+            return [unsettled.pop(tag)]
+        tags = []
+        for each in unsettled:  # in the order of their tags
+            if each > tag:
+                break
+            tags.append(each)
+        return [unsettled.pop(each) for each in tags]
+
+    def _settled(self, settled: Iterable[Unsettled]) -> None:
+        """Let others have their turn."""
+        queues: dict[Queue, None] = {}
+        for entry, consumer, _ in settled:
+            if consumer is not None:
+                consumer.unsettled -= 1
+            queues[entry.queue] = None
+        for queue in queues:
+            queue.dispatch()
+        if self._limit:
+            self.dispatch()
+
+    def check_timeout(self, limit: float) -> None:
+        """Refuse to wait any longer for a settlement (RabbitMQ, consumer_timeout).
+
+        Raises:
+            Refusal: A delivery is unsettled for longer than `limit` seconds.
+        """
+        oldest = next(iter(self.unsettled.values()), None)
+        if oldest is not None and self.node.clock.now() - oldest.since > limit:
+            raise Refusal(
+                PRECONDITION_FAILED,
+                f"delivery acknowledgement on channel {self.number} timed out. Timeout value "
+                f"used: {int(limit * 1000)} ms. This timeout value can be configured, see "
+                "consumers doc guide to learn more",
+            )
+
+    # The channel itself
+
+    def flow(self, method: spec.Channel.Flow, payload: bytes) -> None:
+        """Pause deliveries, or go on with them."""
+        if not method.active:
+            # RabbitMQ: only prefetch slows consumers down.
+            raise Refusal(NOT_IMPLEMENTED, "active=false")
+        self.send(spec.Channel.FlowOk(True))
+
+    def close(self) -> None:
+        """Give back and forget all that the channel had."""
+        self._stop_replies()
+        consumers = list(self.consumers.values())
+        self.consumers.clear()
+        for consumer, queue in consumers:
+            queue.remove_consumer(consumer)
+        settled = list(self.unsettled.values())
+        self.unsettled.clear()
+        self._unconfirmed.clear()
+        self._content = None
+        # All consumers are gone by now: what is given back is ahead of what comes later.
+        _give_back(settled)
+        queues = {each.entry.queue: None for each in settled}
+        for queue in {**queues, **{queue: None for _, queue in consumers}}:
+            self.vhost.consumer_left(queue)
+
+
+_ENCODED_REPLY_TO = frames.short_string(REPLY_TO)
+
+
+def coalesced(acks: list[int], unconfirmed: set[int]) -> list[tuple[int, bool]]:
+    """Return the fewest acknowledgements for publishings: their numbers, and whether multiple.
+
+    >>> coalesced([1, 2, 3, 5], unconfirmed={4})
+    [(3, True), (5, False)]
+    """
+    if not acks:
+        return []
+    lowest = min(unconfirmed, default=None)
+    below = [number for number in acks if lowest is None or number < lowest]
+    first = [(max(below), len(below) > 1)] if below else []
+    return first + [(number, False) for number in acks if lowest is not None and number > lowest]
+
+
+def _give_back(settled: Iterable[Unsettled]) -> None:
+    queues: dict[Queue, list[Entry]] = {}
+    for each in settled:
+        queues.setdefault(each.entry.queue, []).append(each.entry)
+    for queue, entries in queues.items():
+        queue.requeue(entries)
+
+
+def _encoded(entry: Entry) -> bytes:
+    """Return the properties of a delivery; a quorum queue counts those before it."""
+    if entry.deliveries and entry.queue.arguments.is_quorum:
+        count = fields.encode(entry.deliveries)
+        return entry.message.with_headers({"x-delivery-count": count})
+    return entry.message.encoded
+
+
+def unexpected(expected: str, got: str) -> Refusal:
+    """Return the refusal of a frame in the wrong place."""
+    return Refusal(UNEXPECTED_FRAME, f"expected {expected}, got {got} instead")
+
+
+Handler = Callable[[Channel, Any, bytes], None]
+
+#: What a channel does with the methods of its classes.
+HANDLERS: dict[type[amqp_object.Method], Handler] = {
+    spec.Basic.Ack: Channel.ack,
+    spec.Basic.Cancel: Channel.cancel,
+    spec.Basic.Consume: Channel.consume,
+    spec.Basic.Get: Channel.get,
+    spec.Basic.Nack: Channel.nack,
+    spec.Basic.Publish: Channel.begin_publish,
+    spec.Basic.Qos: Channel.qos,
+    spec.Basic.Recover: Channel.recover,
+    spec.Basic.RecoverAsync: Channel.recover,
+    spec.Basic.Reject: Channel.reject,
+    spec.Channel.Flow: Channel.flow,
+    spec.Confirm.Select: Channel.select_confirms,
+}

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""A message, whose properties stay encoded (AMQP 0-9-1, section 4.2.6.1)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from postage.broker import fields
+from postage.broker.errors import PRECONDITION_FAILED, SYNTAX_ERROR, Refusal
+from postage.broker.frames import short_string
+
+#: The properties of class basic by their flag, in the order in which they are encoded.
+_FLAGS = (
+    (1 << 15, "content_type"),
+    (1 << 14, "content_encoding"),
+    (1 << 13, "headers"),
+    (1 << 12, "delivery_mode"),
+    (1 << 11, "priority"),
+    (1 << 10, "correlation_id"),
+    (1 << 9, "reply_to"),
+    (1 << 8, "expiration"),
+    (1 << 7, "message_id"),
+    (1 << 6, "timestamp"),
+    (1 << 5, "type"),
+    (1 << 4, "user_id"),
+    (1 << 3, "app_id"),
+    (1 << 2, "cluster_id"),
+)
+#: Bytes of those that are no short strings; the headers say their own length.
+_SIZES = {"delivery_mode": 1, "priority": 1, "timestamp": 8}
+_UINT16 = struct.Struct(">H")
+_UINT32 = struct.Struct(">I")
+
+#: RabbitMQ takes no expiration beyond 32 bits of milliseconds.
+_MAX_EXPIRATION_MS = 2**32 - 1
+
+
+def split_properties(encoded: bytes) -> dict[str, bytes]:
+    """Return the properties by name, each still encoded.
+
+    Raises:
+        Refusal: They do not fit together.
+    """
+    found: dict[str, bytes] = {}
+    (flags,) = _UINT16.unpack_from(encoded)
+    offset = 2
+    try:
+        for flag, name in _FLAGS:
+            if flags & flag:
+                if name == "headers":
+                    size = 4 + _UINT32.unpack_from(encoded, offset)[0]
+                else:
+                    size = _SIZES.get(name) or 1 + encoded[offset]
+                found[name] = encoded[offset : offset + size]
+                offset += size
+    except (IndexError, struct.error):
+        offset = len(encoded) + 1
+    if offset != len(encoded) or flags & 0b11:
+        raise Refusal(SYNTAX_ERROR, "the properties of a message are broken")
+    return found
+
+
+def join_properties(properties: Mapping[str, bytes]) -> bytes:
+    """Return the encoded properties, with their flags."""
+    flags = 0
+    values = []
+    for flag, name in _FLAGS:
+        if name in properties:
+            flags |= flag
+            values.append(properties[name])
+    return _UINT16.pack(flags) + b"".join(values)
+
+
+def _text(encoded: bytes | None) -> str | None:
+    return encoded[1:].decode("utf-8", "surrogateescape") if encoded is not None else None
+
+
+class Message:
+    """A message on its way. Queues share it, so nothing about one queue is in it.
+
+    Args:
+        exchange: where it was published to.
+        routing_key: with which key.
+        encoded: the properties, encoded with their flags.
+        body: the body.
+
+    Raises:
+        Refusal: The properties are broken, or RabbitMQ would not take them.
+    """
+
+    __slots__ = (
+        "_address",
+        "_headers",
+        "body",
+        "encoded",
+        "exchange",
+        "expiration",
+        "is_persistent",
+        "keys",
+        "priority",
+        "properties",
+        "routing_key",
+    )
+
+    def __init__(self, exchange: str, routing_key: str, encoded: bytes, body: bytes) -> None:
+        self.exchange = exchange
+        self.routing_key = routing_key
+        self.encoded = encoded
+        self.body = body
+        self._address: bytes | None = None
+        self._headers: Mapping[str, bytes] | None = None
+        self.properties = properties = split_properties(encoded)
+        self.is_persistent = properties.get("delivery_mode") == b"\x02"
+        self.priority = properties["priority"][0] if "priority" in properties else 0
+        #: Milliseconds that it may wait in a queue, None for any time.
+        self.expiration: int | None = None
+        #: The routing key, and those of the headers CC and BCC.
+        self.keys: tuple[str, ...] = (routing_key,)
+        if "expiration" in properties:
+            self.expiration = _expiration(_text(properties["expiration"]) or "")
+        if "headers" in properties:
+            self.keys = (routing_key, *_further_keys(self.headers))
+            if "BCC" in self.headers:
+                without = {name: field for name, field in self.headers.items() if name != "BCC"}
+                self._headers = without
+                self.properties = {**properties, "headers": fields.join(without)}
+                self.encoded = join_properties(self.properties)
+
+    @property
+    def headers(self) -> Mapping[str, bytes]:
+        """The header fields, each encoded with its type.
+
+        Raises:
+            Refusal: They are broken.
+        """
+        if self._headers is None:
+            table = self.properties.get("headers")
+            try:
+                self._headers = fields.split(table)[0] if table else {}
+            except fields.FieldError as error:
+                raise Refusal(SYNTAX_ERROR, f"the headers of a message: {error}") from error
+        return self._headers
+
+    @property
+    def address(self) -> bytes:
+        """Exchange and routing key as encoded short strings."""
+        if self._address is None:
+            self._address = short_string(self.exchange) + short_string(self.routing_key)
+        return self._address
+
+    @property
+    def size(self) -> int:
+        """Bytes of body and properties."""
+        return len(self.body) + len(self.encoded)
+
+    def text(self, name: str) -> str | None:
+        """Return a property that is a short string, None if it is not there."""
+        return _text(self.properties.get(name))
+
+    def with_headers(self, added: Mapping[str, bytes]) -> bytes:
+        """Return the encoded properties with more headers, or others of the same names."""
+        table = fields.join({**self.headers, **added})
+        return join_properties({**self.properties, "headers": table})
+
+
+def _expiration(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        reason = "no_integer" if not text.lstrip("-").isdigit() else "value_negative"
+        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': {reason}")
+    if int(text) > _MAX_EXPIRATION_MS:
+        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': value_too_big")
+    return int(text)
+
+
+def _further_keys(headers: Mapping[str, bytes]) -> Iterator[str]:
+    """Yield the keys of the headers CC and BCC (RabbitMQ, sender-selected distribution)."""
+    for name in ("CC", "BCC"):
+        field = headers.get(name)
+        if field is None:
+            continue
+        if field[:1] != b"A":
+            raise Refusal(
+                PRECONDITION_FAILED, f"invalid CC/BCC header: {name} must be an array of keys"
+            )
+        for item in fields.items(field):
+            key: Any = fields.decode(item) if item[:1] == b"S" else None
+            if key is None:
+                raise Refusal(
+                    PRECONDITION_FAILED, f"invalid CC/BCC header: {name} holds no string"
+                )
+            yield key if isinstance(key, str) else key.decode("utf-8", "surrogateescape")
