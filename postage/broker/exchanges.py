@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
 
 from postage.broker import fields
 
@@ -73,7 +73,7 @@ class Exchange(ABC):
 
     Args:
         name: the name, empty for the default exchange.
-        arguments: the declared arguments, as Python values.
+        arguments: the declared arguments, as encoded fields.
     """
 
     #: The type that clients declare.
@@ -86,7 +86,7 @@ class Exchange(ABC):
         durable: bool = False,
         auto_delete: bool = False,
         internal: bool = False,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, bytes] | None = None,
     ) -> None:
         self.name = name
         self.durable = durable
@@ -104,7 +104,8 @@ class Exchange(ABC):
     @property
     def alternate(self) -> str | None:
         """The name of the exchange for messages that find no queue here."""
-        return self.arguments.get("alternate-exchange")
+        name = fields.decode(self.arguments.get("alternate-exchange", _VOID))
+        return name if isinstance(name, str) else None
 
     @property
     def bindings(self) -> Iterator[Binding]:
@@ -115,6 +116,10 @@ class Exchange(ABC):
     def has_bindings(self) -> bool:
         """Whether anything is bound."""
         return bool(self._bindings)
+
+    def leads_to(self, destination: Destination) -> bool:
+        """Tell whether a destination is bound."""
+        return destination in self._bindings
 
     def bind(self, destination: Destination, key: str, arguments: Mapping[str, bytes]) -> bool:
         """Add a binding, and return whether it is new.
@@ -346,6 +351,7 @@ _Condition = tuple[str, Hashable]
 #: Where the bindings are filed that have no condition, perhaps beside some that have this one.
 _ALWAYS: _Condition = ("", None)
 
+_VOID = fields.encode(None)
 _ALL = fields.encode("all")
 _ANY = fields.encode("any")
 _ALL_WITH_X = fields.encode("all-with-x")

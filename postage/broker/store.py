@@ -237,8 +237,8 @@ class Store:
 
     def __del__(self) -> None:
         if not self._closed:
+            self._writer.stop()  # first: where warnings are errors, the next line is the last
             warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2)
-            self._writer.stop()
 
     @property
     def is_clean(self) -> bool:
@@ -586,6 +586,12 @@ def _open(path: Path) -> sqlite3.Connection:
         raise StoreError(
             path, "has no folder to be in", f"make {path.parent}, or name another place"
         )
+    # SQLite says nothing better than "disk I/O error". It makes a log beside the file.
+    for place in (path.parent, path):
+        if place.exists() and not os.access(place, os.R_OK | os.W_OK):
+            raise StoreError(
+                path, f"needs to write to {place}", "let the broker's user read and write there"
+            )
     connection = sqlite3.connect(
         path,
         timeout=_LOCK_TIMEOUT_SECONDS,

@@ -361,9 +361,12 @@ class VirtualHost:
             Refusal: There is no such exchange.
         """
         exchange = self._bindable(source)
-        if exchange.unbind(destination, key, raw):
-            self._forget_binding(exchange, destination, key, raw)
-            self._delete_if_unused(exchange)
+        if not exchange.unbind(destination, key, raw):
+            return
+        self._forget_binding(exchange, destination, key, raw)
+        if not exchange.leads_to(destination):
+            self._sources[destination].discard(exchange)
+        self._delete_if_unused(exchange)
 
     def _bindable(self, name: str) -> Exchange:
         if not name:
@@ -377,7 +380,9 @@ class VirtualHost:
             self._delete_if_unused(exchange)
 
     def _delete_if_unused(self, exchange: Exchange) -> None:
-        if exchange.auto_delete and not exchange.has_bindings:
+        if not exchange.auto_delete or exchange.has_bindings:
+            return
+        if self.exchanges.get(exchange.name) is exchange:
             self.delete_exchange(exchange.name)
 
     def _is_kept(self, exchange: Exchange, destination: Queue | Exchange) -> bool:
@@ -400,7 +405,8 @@ class VirtualHost:
             isinstance(destination, Exchange),
             destination.name,
             key,
-            fields.join(raw),
+            # In whatever order they come, equal arguments make the same binding.
+            fields.join(dict(sorted(raw.items()))),
         )
 
     # Messages
