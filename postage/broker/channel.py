@@ -73,7 +73,9 @@ class Channel:
         self.unsettled: dict[int, Unsettled] = {}
         self._next_tag = 1
         self._prefetch = 0
+        #: The prefetch of the whole channel, and how many deliveries count for it.
         self._limit = 0
+        self._held = 0
         self._is_flowing = True
         self._content: _Content | None = None
         self._reply_tag: str | None = None
@@ -244,7 +246,7 @@ class Channel:
         """Whether it takes more deliveries now."""
         if not self._is_flowing or not self.connection.has_room:
             return False
-        return not self._limit or len(self.unsettled) < self._limit
+        return not self._limit or self._held < self._limit
 
     def deliver(self, consumer: Consumer, entry: Entry) -> None:
         """Send a message to a consumer."""
@@ -252,6 +254,7 @@ class Channel:
         self._next_tag += 1
         if not consumer.no_ack:
             self.unsettled[tag] = Unsettled(entry, consumer, self.node.clock.now())
+            self._held += 1
         message = entry.message
         method = frames.deliver(
             self.number, consumer.encoded_tag, tag, entry.is_redelivered, message.address
@@ -445,6 +448,7 @@ class Channel:
         for entry, consumer, _ in settled:
             if consumer is not None:
                 consumer.unsettled -= 1
+                self._held -= 1
             queues[entry.queue] = None
         for queue in queues:
             queue.dispatch()

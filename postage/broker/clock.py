@@ -18,15 +18,23 @@ logger = logging.getLogger(__name__)
 class Timer:
     """One call in the future, which can be cancelled."""
 
-    __slots__ = ("action", "when")
+    __slots__ = ("_clock", "action", "when")
 
-    def __init__(self, when: float, action: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, when: float, action: Callable[[], None]) -> None:
+        self._clock = clock
         self.when = when
         self.action: Callable[[], None] | None = action
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the call is still to be made."""
+        return self.action is not None
+
     def cancel(self) -> None:
-        """Forget the call."""
-        self.action = None
+        """Forget the call, if it was not made."""
+        if self.action is not None:
+            self.action = None
+            self._clock.cancelled()
 
 
 class Clock:
@@ -40,10 +48,14 @@ class Clock:
         self.now = now
         self._heap: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
+        self._cancelled = 0
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._cancelled
 
     def call_at(self, when: float, action: Callable[[], None]) -> Timer:
         """Have `action` called once the time is `when`."""
-        timer = Timer(when, action)
+        timer = Timer(self, when, action)
         heapq.heappush(self._heap, (when, next(self._numbers), timer))
         return timer
 
@@ -51,11 +63,23 @@ class Clock:
         """Have `action` called in so many seconds."""
         return self.call_at(self.now() + seconds, action)
 
+    def cancelled(self) -> None:
+        """Take note that a timer was cancelled, and drop those once they are the most.
+
+        A queue that lives for a moment may have a timer for a week.
+        """
+        self._cancelled += 1
+        if self._cancelled > len(self._heap) / 2:
+            self._heap = [item for item in self._heap if item[2].is_due]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
     @property
     def next_call(self) -> float | None:
         """When `run` has something to do, None if never."""
-        while self._heap and self._heap[0][2].action is None:
+        while self._heap and not self._heap[0][2].is_due:
             heapq.heappop(self._heap)
+            self._cancelled -= 1
         return self._heap[0][0] if self._heap else None
 
     def run(self) -> None:

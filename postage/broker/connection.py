@@ -257,6 +257,8 @@ class Connection:
         self, refusal: Refusal, number: int, method: amqp_object.Method | None
     ) -> None:
         channel = self.channels.get(number)
+        if method is None and channel is not None:
+            method = spec.Basic.Publish()  # of which the rest was read
         if refusal.closes_connection or channel is None:
             self.close(refusal, method)
         else:
@@ -425,8 +427,12 @@ class Connection:
             self.is_blocked = False
             if self.knows("connection.blocked"):
                 self._send(spec.Connection.Unblocked())
-            self._last_received = self.node.clock.now()
+            self.excuse()
             self.advance()
+
+    def excuse(self) -> None:
+        """Do not miss the heartbeats of a time in which nothing was read."""
+        self._last_received = self.node.clock.now()
 
     # The end
 

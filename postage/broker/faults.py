@@ -20,9 +20,6 @@ class Edge(Protocol):
     def abort(self, vhost: str | None) -> int:
         """Cut connections, and return how many."""
 
-    def update(self) -> None:
-        """Take up reading and writing again, or leave it."""
-
 
 #: Runs a callable in the broker's thread, and returns what it returns.
 Call = Callable[[Callable[[Edge], Any]], Any]
@@ -119,7 +116,8 @@ class Faults:
 
         def set_stalled(edge: Edge, is_stalled: bool) -> None:
             edge.node.is_stalled = is_stalled
-            edge.update()
+            for connection in edge.node.connections_of():
+                connection.excuse()
 
         self._call(lambda edge: set_stalled(edge, True))
         try:

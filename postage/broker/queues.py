@@ -155,6 +155,7 @@ class Queue:
         self._stuck: deque[tuple[Entry, str]] = deque()
         self._expiry: Timer | None = None
         self._retry: Timer | None = None
+        self._use: Timer | None = None
         self._unused_since = host.clock.now()
         self._watch_use()
 
@@ -180,13 +181,14 @@ class Queue:
         """Take a message, hand it out if a consumer waits. Return False if it is full."""
         if self.is_refusing:
             if self.arguments.overflow == "reject-publish-dlx":
-                self._bury(self._entry(message), "maxlen")
+                entry = self._entry(message)
+                self.host.keep(entry)
+                self._bury(entry, "maxlen")
             return False
         entry = self._entry(message)
-        self._next_position += 1
         self._push(entry)
         self.host.keep(entry)
-        self.dispatch()
+        self.dispatch(newest=entry)
         self._drop_what_is_too_much()
         self._drop_expired()
         return True
@@ -208,7 +210,9 @@ class Queue:
     def _entry(self, message: Message) -> Entry:
         waits = [ms for ms in (message.expiration, self.arguments.message_ttl) if ms is not None]
         expires = self.host.clock.now() + min(waits) / 1000 if waits else None
-        return Entry(self, message, self._next_position, expires)
+        position = self._next_position
+        self._next_position += 1
+        return Entry(self, message, position, expires)
 
     def _push(self, entry: Entry) -> None:
         self._level_of(entry).push(entry)
@@ -230,16 +234,20 @@ class Queue:
         entry = self._pop()
         if entry is not None:
             self.unsettled += 1
+            self._drop_expired()
         return entry
 
-    def dispatch(self) -> None:
-        """Hand out messages for as long as there are some and consumers take them."""
+    def dispatch(self, newest: Entry | None = None) -> None:
+        """Hand out messages for as long as there are some and consumers take them.
+
+        Args:
+            newest: was published a moment ago: a TTL of 0 lets it be delivered at once.
+        """
         while self.count:
+            self._drop_expired(newest)
             consumer = self.consumers.next()
             if consumer is None:
                 return
-            # What was published with a TTL of 0 a moment ago may still be delivered.
-            self._drop_expired(is_new_ok=True)
             entry = self._pop()
             if entry is None:
                 return
@@ -275,6 +283,9 @@ class Queue:
         """Take messages back that were not settled, each to its place."""
         for entry in entries:
             self.unsettled -= 1
+            if self.is_deleted:
+                self.host.forget(entry)
+                continue
             entry.is_redelivered = True
             entry.deliveries += 1
             limit = self.arguments.delivery_limit
@@ -305,7 +316,7 @@ class Queue:
     def close(self) -> None:
         """Stop the timers, after the queue was deleted."""
         self.is_deleted = True
-        for timer in (self._expiry, self._retry):
+        for timer in (self._expiry, self._retry, self._use):
             if timer is not None:
                 timer.cancel()
 
@@ -321,23 +332,20 @@ class Queue:
             assert entry is not None
             self._bury(entry, "maxlen")
 
-    def _drop_expired(self, is_new_ok: bool = False) -> None:
+    def _drop_expired(self, newest: Entry | None = None) -> None:
         """Drop what has waited for too long, as far as it is at the head, as RabbitMQ does."""
         now = self.host.clock.now()
-        soonest: float | None = None
         for level in self._levels:
             while (entry := level.head) is not None and entry.expires is not None:
-                if entry.expires > now or (is_new_ok and entry.expires == now):
-                    soonest = min(soonest or entry.expires, entry.expires)
+                if entry.expires > now or entry is newest:
+                    self._wake_at(entry.expires)
                     break
                 level.pop()
                 self._counted(entry, -1)
                 self._bury(entry, "expired")
-        if soonest is not None and not is_new_ok:
-            self._wake_at(soonest)
 
     def _wake_at(self, when: float) -> None:
-        if self._expiry is not None and self._expiry.action is not None:
+        if self._expiry is not None and self._expiry.is_due:
             if self._expiry.when <= when:
                 return
             self._expiry.cancel()
@@ -345,7 +353,7 @@ class Queue:
 
     def _bury(self, entry: Entry, reason: str) -> None:
         """Make a dead letter of a message that the queue no longer holds."""
-        if self.arguments.dead_letter_exchange is None:
+        if self.arguments.dead_letter_exchange is None or self.is_deleted:
             self.host.forget(entry)
         else:
             self.host.bury(entry, reason)
@@ -356,7 +364,7 @@ class Queue:
             self.host.forget(entry)
             return
         self._stuck.append((entry, reason))
-        if self._retry is None or self._retry.action is None:
+        if self._retry is None or not self._retry.is_due:
             self._retry = self.host.clock.call_later(DEAD_LETTER_PAUSE, self._retry_dead_letters)
 
     @property
@@ -397,4 +405,4 @@ class Queue:
         if end <= self.host.clock.now():
             self.host.expire_queue(self)
         else:
-            self.host.clock.call_at(end, self._watch_use)
+            self._use = self.host.clock.call_at(end, self._watch_use)
