@@ -472,6 +472,9 @@ class Channel:
 
     # The channel itself
 
+    def ignore(self, method: amqp_object.Method, payload: bytes) -> None:
+        """Take note of an answer that changes nothing."""
+
     def flow(self, method: spec.Channel.Flow, payload: bytes) -> None:
         """Pause deliveries, or go on with them."""
         if not method.active:
@@ -541,6 +544,7 @@ Handler = Callable[[Channel, Any, bytes], None]
 HANDLERS: dict[type[amqp_object.Method], Handler] = {
     spec.Basic.Ack: Channel.ack,
     spec.Basic.Cancel: Channel.cancel,
+    spec.Basic.CancelOk: Channel.ignore,
     spec.Basic.Consume: Channel.consume,
     spec.Basic.Get: Channel.get,
     spec.Basic.Nack: Channel.nack,
@@ -550,5 +554,6 @@ HANDLERS: dict[type[amqp_object.Method], Handler] = {
     spec.Basic.RecoverAsync: Channel.recover,
     spec.Basic.Reject: Channel.reject,
     spec.Channel.Flow: Channel.flow,
+    spec.Channel.FlowOk: Channel.ignore,
     spec.Confirm.Select: Channel.select_confirms,
 }
