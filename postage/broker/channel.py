@@ -4,7 +4,10 @@ basic and confirm). Exchanges and queues are in `declarations`."""
 
 from __future__ import annotations
 
+import enum
+import logging
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,23 +21,39 @@ from postage.broker.errors import (
     NOT_FOUND,
     NOT_IMPLEMENTED,
     PRECONDITION_FAILED,
+    RESOURCE_ERROR,
     UNEXPECTED_FRAME,
     Refusal,
 )
 from postage.broker.messages import Message, join_properties
 from postage.broker.queues import Entry, Queue
-from postage.broker.vhost import REPLY_TO, VirtualHost
+from postage.broker.vhost import REPLY_TO, Outcome, VirtualHost
 
 if TYPE_CHECKING:
     from postage.broker.connection import Connection
+    from postage.broker.transactions import Transaction
+
+logger = logging.getLogger(__name__)
 
 #: The largest body in bytes, as in RabbitMQ 3.10 (max_message_size).
 MAX_MESSAGE_SIZE = 134_217_728
+#: Bytes of messages of which the end has not come, in all channels of a connection. No alarm can
+#: limit these: who is not read any more cannot finish them.
+MAX_UNFINISHED_SIZE = 2 * MAX_MESSAGE_SIZE
+
+
+class Settlement(enum.Enum):
+    """What becomes of a delivery."""
+
+    ACK = "it was handled"
+    REQUEUE = "it goes back"
+    REJECT = "nobody wants it"
 
 
 class Unsettled(NamedTuple):
     """A delivery that waits for its settlement."""
 
+    tag: int
     entry: Entry
     consumer: Consumer | None
     since: float
@@ -43,14 +62,14 @@ class Unsettled(NamedTuple):
 class _Content:
     """A message that is being received."""
 
-    __slots__ = ("encoded", "method", "pieces", "received", "size")
+    __slots__ = ("body", "encoded", "method", "size")
 
     def __init__(self, method: spec.Basic.Publish) -> None:
         self.method = method
         self.size = -1  # before its header has come
-        self.received = 0
         self.encoded = b""
-        self.pieces: list[bytes] = []
+        # Not a list of pieces: a client may send one octet at a time.
+        self.body = bytearray()
 
 
 class Channel:
@@ -60,6 +79,8 @@ class Channel:
         number: its number.
         last_queue: the queue that it declared last: an empty name means this one.
         is_closing: the broker has closed it, and waits for the client to say so too.
+        is_confirming: what is published is confirmed.
+        transaction: what waits for tx.commit, None without transactions.
     """
 
     def __init__(self, connection: Connection, number: int, vhost: VirtualHost) -> None:
@@ -69,8 +90,11 @@ class Channel:
         self.vhost = vhost
         self.last_queue: str | None = None
         self.is_closing = False
+        self.is_confirming = False
+        self.transaction: Transaction | None = None
         self.consumers: dict[str, tuple[Consumer, Queue]] = {}
-        self.unsettled: dict[int, Unsettled] = {}
+        # A plain dict is slow to find its first item once many before it are gone.
+        self.unsettled: OrderedDict[int, Unsettled] = OrderedDict()
         self._next_tag = 1
         self._prefetch = 0
         #: The prefetch of the whole channel, and how many deliveries count for it.
@@ -80,7 +104,6 @@ class Channel:
         self._content: _Content | None = None
         self._reply_tag: str | None = None
         self._reply_address: str | None = None
-        self._is_confirming = False
         self._published = 0
         #: Publishings that wait for the disk, and those whose fate is told with this turn.
         self._unconfirmed: set[int] = set()
@@ -117,30 +140,43 @@ class Channel:
         if class_id != spec.Basic.INDEX:
             raise unexpected("content header for class 60", f"one for class {class_id}")
         if content.size > MAX_MESSAGE_SIZE:
-            self._content = None
             raise Refusal(
                 PRECONDITION_FAILED,
                 f"message size {content.size} is larger than configured max size "
                 f"{MAX_MESSAGE_SIZE}",
             )
         if content.size == 0:
-            self._publish(content)
+            self._publish(content, b"")
 
     def content_body(self, payload: bytes) -> None:
         """Take a part of the body of a message.
 
         Raises:
-            Refusal: None was due, or it is more than was announced.
+            Refusal: None was due, it is more than was announced, or the connection has begun too
+                much and finished nothing.
         """
         content = self._content
         if content is None or content.size < 0:
             raise unexpected("method" if content is None else "content header", "content body")
-        content.pieces.append(payload)
-        content.received += len(payload)
-        if content.received > content.size:
+        if not content.body and len(payload) == content.size:
+            self._publish(content, payload)
+            return
+        content.body += payload
+        self.connection.unfinished += len(payload)
+        if len(content.body) > content.size:
             raise unexpected("method", "content body")
-        if content.received == content.size:
-            self._publish(content)
+        if len(content.body) == content.size:
+            self._publish(content, bytes(content.body))
+        elif self.connection.unfinished > MAX_UNFINISHED_SIZE:
+            raise Refusal(
+                RESOURCE_ERROR,
+                f"more than {MAX_UNFINISHED_SIZE} octets of messages that were not finished",
+            )
+
+    def _forget_content(self) -> None:
+        if self._content is not None:
+            self.connection.unfinished -= len(self._content.body)
+            self._content = None
 
     # Publishing
 
@@ -150,11 +186,9 @@ class Channel:
             raise Refusal(NOT_IMPLEMENTED, "immediate=true")
         self._content = _Content(method)
 
-    def _publish(self, content: _Content) -> None:
-        self._content = None
+    def _publish(self, content: _Content, body: bytes) -> None:
+        self._forget_content()
         method = content.method
-        pieces = content.pieces
-        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if method.exchange and self.vhost.exchange(method.exchange).internal:
             raise Refusal(
                 ACCESS_REFUSED,
@@ -164,13 +198,20 @@ class Channel:
         message = Message(method.exchange, method.routing_key, content.encoded, body)
         self._check_user(message)
         self._translate_reply_to(message)
-        if self._is_confirming:
+        if self.transaction is not None:
+            self.transaction.messages.append((message, method.mandatory))
+        else:
+            self.publish(message, method.mandatory)
+
+    def publish(self, message: Message, mandatory: bool) -> Outcome:
+        """Let a message go its way, and tell its publisher what became of it."""
+        if self.is_confirming:
             self._published += 1
         if self.node.is_nacking:
             self._told(self._published, is_good=False)
-            return
+            return Outcome()
         outcome = self.vhost.publish(message)
-        if method.mandatory and not outcome.is_routed:
+        if mandatory and not outcome.is_routed:
             self._return(message)
         if outcome.is_refused:
             self._told(self._published, is_good=False)
@@ -178,6 +219,7 @@ class Channel:
             self._wait_for_disk(self._published)
         else:
             self._told(self._published, is_good=True)
+        return outcome
 
     def _check_user(self, message: Message) -> None:
         user = message.text("user_id")
@@ -207,23 +249,27 @@ class Channel:
 
     def select_confirms(self, method: spec.Confirm.Select, payload: bytes) -> None:
         """Confirm what is published from now on."""
-        self._is_confirming = True
+        if self.transaction is not None:
+            raise Refusal(PRECONDITION_FAILED, "cannot switch from tx to confirm mode")
+        self.is_confirming = True
         if not method.nowait:
             self.send(spec.Confirm.SelectOk())
 
     def _told(self, number: int, *, is_good: bool) -> None:
-        if self._is_confirming:
+        if self.is_confirming:
             (self._acks if is_good else self._nacks).append(number)
             self.node.confirm_soon(self)
 
     def _wait_for_disk(self, number: int) -> None:
-        if self._is_confirming:
+        if self.is_confirming:
             self._unconfirmed.add(number)
             self.node.sync_soon(self, number)
 
     def synced(self, number: int, *, is_good: bool) -> None:
         """Take note that a message has reached the disk, or could not."""
-        if number in self._unconfirmed:
+        if self.transaction is not None:
+            self.send(spec.Tx.CommitOk())
+        elif number in self._unconfirmed:
             self._unconfirmed.remove(number)
             self._told(number, is_good=is_good)
 
@@ -253,7 +299,7 @@ class Channel:
         tag = self._next_tag
         self._next_tag += 1
         if not consumer.no_ack:
-            self.unsettled[tag] = Unsettled(entry, consumer, self.node.clock.now())
+            self.unsettled[tag] = Unsettled(tag, entry, consumer, self.node.clock.now())
             self._held += 1
         message = entry.message
         method = frames.deliver(
@@ -262,7 +308,11 @@ class Channel:
         self.connection.send_content(method, self.number, _encoded(entry), message.body)
 
     def deliver_reply(self, message: Message) -> None:
-        """Send a message to the consumer of direct replies."""
+        """Send a message to the consumer of direct replies, unless it reads none of them."""
+        if not self.connection.has_room_for_replies:
+            # No queue holds them, so nothing but this limits them.
+            logger.warning("%s reads no replies: one is dropped", self.connection.peer)
+            return
         tag = self._next_tag
         self._next_tag += 1
         encoded_tag = frames.short_string(self._reply_tag or "")
@@ -286,13 +336,14 @@ class Channel:
         if method.no_ack:
             queue.ack(entry)
         else:
-            self.unsettled[tag] = Unsettled(entry, None, self.node.clock.now())
+            self.unsettled[tag] = Unsettled(tag, entry, None, self.node.clock.now())
         message = entry.message
         answer = spec.Basic.GetOk(
             tag, entry.is_redelivered, message.exchange, message.routing_key, queue.count
         )
         frame = frames.method(self.number, answer)
-        self.connection.send_content(frame, self.number, _encoded(entry), message.body)
+        encoded = _encoded(entry, is_got=True)
+        self.connection.send_content(frame, self.number, encoded, message.body)
 
     # Consumers
 
@@ -393,18 +444,17 @@ class Channel:
 
     def ack(self, method: spec.Basic.Ack, payload: bytes) -> None:
         """Let go of deliveries that were handled."""
-        settled = self._take(method.delivery_tag, method.multiple)
-        for each in settled:
-            each.entry.queue.ack(each.entry)
-        self._settled(settled)
+        self._settle(self._take(method.delivery_tag, method.multiple), Settlement.ACK)
 
     def nack(self, method: spec.Basic.Nack, payload: bytes) -> None:
         """Give deliveries back, or refuse them for good."""
-        self._refuse(self._take(method.delivery_tag, method.multiple), requeue=method.requeue)
+        how = Settlement.REQUEUE if method.requeue else Settlement.REJECT
+        self._settle(self._take(method.delivery_tag, method.multiple), how)
 
     def reject(self, method: spec.Basic.Reject, payload: bytes) -> None:
         """Give one delivery back, or refuse it for good."""
-        self._refuse(self._take(method.delivery_tag, multiple=False), requeue=method.requeue)
+        how = Settlement.REQUEUE if method.requeue else Settlement.REJECT
+        self._settle(self._take(method.delivery_tag, multiple=False), how)
 
     def recover(self, method: spec.Basic.Recover, payload: bytes) -> None:
         """Give back all that is unsettled."""
@@ -414,15 +464,30 @@ class Channel:
         self.unsettled.clear()
         if isinstance(method, spec.Basic.Recover):
             self.send(spec.Basic.RecoverOk())
-        self._refuse(settled, requeue=True)
+        self.settle(settled, Settlement.REQUEUE)
 
-    def _refuse(self, settled: list[Unsettled], *, requeue: bool) -> None:
-        if requeue:
+    def _settle(self, settled: list[Unsettled], how: Settlement) -> None:
+        if self.transaction is not None:
+            self.transaction.settlements.append((settled, how))
+        else:
+            self.settle(settled, how)
+
+    def settle(self, settled: list[Unsettled], how: Settlement) -> None:
+        """Tell the queues what became of deliveries, and let others have their turn."""
+        if how is Settlement.REQUEUE:
             _give_back(settled)
         else:
             for each in settled:
-                each.entry.queue.reject(each.entry)
+                if how is Settlement.ACK:
+                    each.entry.queue.ack(each.entry)
+                else:
+                    each.entry.queue.reject(each.entry)
         self._settled(settled)
+
+    def take_back(self, settled: list[Unsettled]) -> None:
+        """Hold deliveries again whose settlement was rolled back."""
+        self.unsettled.update((each.tag, each) for each in settled)
+        self.unsettled = OrderedDict(sorted(self.unsettled.items()))
 
     def _take(self, tag: int, multiple: bool) -> list[Unsettled]:
         """Return the deliveries that a tag means, which are settled now."""
@@ -445,7 +510,7 @@ class Channel:
     def _settled(self, settled: Iterable[Unsettled]) -> None:
         """Let others have their turn."""
         queues: dict[Queue, None] = {}
-        for entry, consumer, _ in settled:
+        for _, entry, consumer, _ in settled:
             if consumer is not None:
                 consumer.unsettled -= 1
                 self._held -= 1
@@ -489,10 +554,13 @@ class Channel:
         self.consumers.clear()
         for consumer, queue in consumers:
             queue.remove_consumer(consumer)
+        if self.transaction is not None:
+            for each, _ in self.transaction.settlements:
+                self.take_back(each)
         settled = list(self.unsettled.values())
         self.unsettled.clear()
         self._unconfirmed.clear()
-        self._content = None
+        self._forget_content()
         # All consumers are gone by now: what is given back is ahead of what comes later.
         _give_back(settled)
         queues = {each.entry.queue: None for each in settled}
@@ -525,9 +593,10 @@ def _give_back(settled: Iterable[Unsettled]) -> None:
         queue.requeue(entries)
 
 
-def _encoded(entry: Entry) -> bytes:
+def _encoded(entry: Entry, is_got: bool = False) -> bytes:
     """Return the properties of a delivery; a quorum queue counts those before it."""
-    if entry.deliveries and entry.queue.arguments.is_quorum:
+    if (entry.deliveries or is_got) and entry.queue.arguments.is_quorum:
+        # RabbitMQ tells a consumer of the deliveries before, basic.get also that there were none.
         count = fields.encode(entry.deliveries)
         return entry.message.with_headers({"x-delivery-count": count})
     return entry.message.encoded

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pika import amqp_object, spec
 
 from postage.broker import channel as channels
-from postage.broker import declarations, fields, frames
+from postage.broker import declarations, fields, frames, transactions
 from postage.broker.channel import Channel, unexpected
 from postage.broker.clock import Timer
 from postage.broker.errors import (
@@ -24,11 +24,11 @@ from postage.broker.errors import (
     CHANNEL_ERROR,
     COMMAND_INVALID,
     CONNECTION_FORCED,
-    FRAME_ERROR,
     INTERNAL_ERROR,
     NOT_ALLOWED,
     NOT_IMPLEMENTED,
     SYNTAX_ERROR,
+    UNEXPECTED_FRAME,
     Refusal,
 )
 
@@ -48,6 +48,8 @@ HANDSHAKE_SECONDS = 10.0
 CLOSE_SECONDS = 10.0
 #: Bytes that may wait for a slow reader before its consumers get no more.
 ROOM = 1 << 20
+#: Bytes that may wait for a slow reader before its direct replies are dropped.
+REPLY_ROOM = 64 << 20
 
 CAPABILITIES = {
     "publisher_confirms": True,
@@ -84,6 +86,7 @@ class Connection:
     Attributes:
         phase: how far it is.
         is_blocked: it has published during an alarm, and is not heard until that ends.
+        unfinished: bytes of messages of which the end has not come.
     """
 
     def __init__(self, node: Node, peer: str) -> None:
@@ -95,6 +98,7 @@ class Connection:
         self.properties: Mapping[str, Any] = {}
         self.channels: dict[int, Channel] = {}
         self.is_blocked = False
+        self.unfinished = 0
         self._reader = frames.FrameReader(FRAME_MIN + frames.OVERHEAD)
         self._outgoing: list[bytes] = []
         self._outgoing_size = 0
@@ -103,7 +107,7 @@ class Connection:
         self._frame_max = FRAME_MIN
         self._channel_max = CHANNEL_MAX
         self._heartbeat = 0.0
-        self._last_received = self._last_sent = node.clock.now()
+        self._last_received = node.clock.now()
         self._timer: Timer = node.clock.call_later(HANDSHAKE_SECONDS, self._give_up)
 
     def __repr__(self) -> str:
@@ -161,6 +165,11 @@ class Connection:
         """Whether the peer reads fast enough for more."""
         return self._outgoing_size + self._unwritten < ROOM
 
+    @property
+    def has_room_for_replies(self) -> bool:
+        """Whether direct replies may be sent, which wait nowhere else."""
+        return self._outgoing_size + self._unwritten < REPLY_ROOM
+
     def take_output(self) -> list[bytes]:
         """Return what is to be written, and count it as unwritten until `wrote` says otherwise."""
         data, self._outgoing = self._outgoing, []
@@ -179,6 +188,8 @@ class Connection:
 
     def lost(self) -> None:
         """Give back what the client had, after the socket was closed for whatever reason."""
+        if self.phase is Phase.OPEN:
+            logger.info("%s: client unexpectedly closed TCP connection", self.peer)
         self._timer.cancel()
         self.phase = Phase.CLOSED
         self._release()
@@ -233,14 +244,13 @@ class Connection:
 
     def _handle(self, frame: frames.Frame) -> None:
         """Handle a frame. What it asks for in vain ends its channel, or the connection."""
-        if frame.type == frames.HEARTBEAT:
-            return
         if self.phase is Phase.CLOSED:
             return
         method: amqp_object.Method | None = None
         try:
-            if frame.type == frames.METHOD:
-                method = frames.decode_method(frame.payload)
+            method = frames.method_of(frame)
+            if frame.type == frames.HEARTBEAT:
+                return
             if frame.channel == 0:
                 self._handle_own(frame, method)
             else:
@@ -266,9 +276,7 @@ class Connection:
 
     def _handle_own(self, frame: frames.Frame, method: amqp_object.Method | None) -> None:
         if method is None:
-            if frame.type in (frames.HEADER, frames.BODY):
-                raise Refusal(COMMAND_INVALID, "a message on channel 0")
-            raise Refusal(FRAME_ERROR, f"frames of type {frame.type} are unknown")
+            raise Refusal(UNEXPECTED_FRAME, "a message on channel 0")
         if self.phase is Phase.CLOSING:
             if isinstance(method, spec.Connection.CloseOk):
                 self._finish()
@@ -282,14 +290,15 @@ class Connection:
             return
         handler = _OWN.get((self.phase, type(method)))
         if handler is None:
-            raise Refusal(COMMAND_INVALID, f"{method.NAME} while the broker {self.phase.value}")
+            state = "running" if self.phase is Phase.OPEN else self.phase.name.lower()
+            raise Refusal(CHANNEL_ERROR, f"unexpected method in connection state {state}")
         handler(self, method)
 
     def _handle_channel(self, frame: frames.Frame, method: amqp_object.Method | None) -> None:
         if self.phase is Phase.CLOSING:
             return
         if self.phase is not Phase.OPEN or self.vhost is None:
-            raise Refusal(CHANNEL_ERROR, f"channel {frame.channel} before connection.open")
+            raise Refusal(UNEXPECTED_FRAME, f"channel {frame.channel} before connection.open")
         channel = self.channels.get(frame.channel)
         if channel is None:
             self._open_channel(frame, method, self.vhost)
@@ -300,11 +309,9 @@ class Connection:
         elif frame.type == frames.HEADER:
             channel.content_header(frame.payload)
             self._block_publisher()
-        elif frame.type == frames.BODY:
+        else:
             channel.content_body(frame.payload)
             self._block_publisher()
-        else:
-            raise Refusal(FRAME_ERROR, f"frames of type {frame.type} are unknown")
 
     def _handle_method(self, channel: Channel, method: amqp_object.Method, payload: bytes) -> None:
         if channel.is_receiving:
@@ -319,20 +326,22 @@ class Connection:
             raise Refusal(CHANNEL_ERROR, "second 'channel.open' seen")
         handler = _METHODS.get(type(method))
         if handler is None:
-            raise Refusal(NOT_IMPLEMENTED, f"{method.NAME} is not supported by this broker")
+            if method.NAME.startswith(_UNSUPPORTED):
+                raise Refusal(NOT_IMPLEMENTED, f"{method.NAME} is not supported by this broker")
+            raise Refusal(COMMAND_INVALID, "unimplemented method")
         handler(channel, method, payload)
 
     def _open_channel(
         self, frame: frames.Frame, method: amqp_object.Method | None, vhost: VirtualHost
     ) -> None:
+        if method is None:
+            raise unexpected("method frame", "non method frame")
         if not isinstance(method, spec.Channel.Open):
-            if isinstance(method, spec.Channel.CloseOk):
-                return
             raise Refusal(CHANNEL_ERROR, "expected 'channel.open'")
-        if frame.channel > self._channel_max:
+        if len(self.channels) >= self._channel_max:  # RabbitMQ, too, takes any number for one
             raise Refusal(
                 NOT_ALLOWED,
-                f"number of channels opened ({frame.channel}) has reached the negotiated "
+                f"number of channels opened ({len(self.channels)}) has reached the negotiated "
                 f"channel_max ({self._channel_max})",
             )
         channel = self.channels[frame.channel] = Channel(self, frame.channel, vhost)
@@ -363,11 +372,14 @@ class Connection:
             if not self.knows("authentication_failure_close"):
                 self._finish()
                 return
-            raise Refusal(
-                ACCESS_REFUSED,
-                f"Login was refused using authentication mechanism {method.mechanism}. For "
-                "details see the broker logfile.",
+            self.close(
+                Refusal(
+                    ACCESS_REFUSED,
+                    f"Login was refused using authentication mechanism {method.mechanism}. For "
+                    "details see the broker logfile.",
+                )
             )
+            return
         self.user = user
         self.phase = Phase.TUNING
         self._send(spec.Connection.Tune(CHANNEL_MAX, FRAME_MAX, HEARTBEAT_SECONDS))
@@ -388,9 +400,9 @@ class Connection:
         self.vhost = vhost
         self.phase = Phase.OPEN
         self._timer.cancel()
-        if self._heartbeat:
-            self._beat()
         self._send(spec.Connection.OpenOk())
+        if self._heartbeat:
+            self._timer = self.node.clock.call_later(self._heartbeat / 2, self._beat)
 
     def _update_secret(self, method: spec.Connection.UpdateSecret) -> None:
         self._send(spec.Connection.UpdateSecretOk())
@@ -402,14 +414,15 @@ class Connection:
     # Heartbeats
 
     def _beat(self) -> None:
-        """Send a heartbeat where nothing else was sent, and look for those of the peer."""
-        now = self.node.clock.now()
-        # A peer from which nothing is read is not missed.
-        if now - self._last_received > 2 * self._heartbeat and self.wants_input:
+        """Send a heartbeat, unless more waits to be sent, and look for those of the peer."""
+        if not self.wants_input:
+            self.excuse()
+        if self.node.clock.now() - self._last_received > 2 * self._heartbeat:
             logger.warning("%s: missed heartbeats, timeout: %gs", self.peer, self._heartbeat)
             self._finish()
             return
-        self.send(frames.HEARTBEAT_FRAME)
+        if not self._outgoing and not self._unwritten:
+            self.send(frames.HEARTBEAT_FRAME)
         self._timer = self.node.clock.call_later(self._heartbeat / 2, self._beat)
 
     # Alarms
@@ -542,5 +555,7 @@ _OWN: dict[tuple[Phase, type[amqp_object.Method]], Callable[[Connection, Any], N
     (Phase.OPENING, spec.Connection.Open): Connection._open,
     (Phase.OPEN, spec.Connection.UpdateSecret): Connection._update_secret,
 }
-_METHODS = {**channels.HANDLERS, **declarations.HANDLERS}
+_METHODS = {**channels.HANDLERS, **declarations.HANDLERS, **transactions.HANDLERS}
+#: The classes of methods that clients may send to RabbitMQ, and not to this broker.
+_UNSUPPORTED = ("Access.", "Tx.")
 _MECHANISMS = {"PLAIN": _read_plain, "AMQPLAIN": _read_amqplain}

@@ -8,7 +8,6 @@ from pika import amqp_object, spec
 from postage.broker import frames
 from postage.broker.channel import Channel, Handler
 from postage.broker.errors import not_found
-from postage.broker.exchanges import Exchange
 from postage.broker.vhost import REPLY_TO
 
 
@@ -39,7 +38,7 @@ def delete_exchange(channel: Channel, method: spec.Exchange.Delete, payload: byt
 def bind_exchange(channel: Channel, method: spec.Exchange.Bind, payload: bytes) -> None:
     """Bind an exchange to another (RabbitMQ, exchange to exchange bindings)."""
     raw = frames.arguments_of(type(method), payload)
-    destination = _exchange(channel, method.destination)
+    destination = channel.vhost.exchange(method.destination)
     channel.vhost.bind(method.source, destination, method.routing_key, raw)
     if not method.nowait:
         channel.send(spec.Exchange.BindOk())
@@ -48,8 +47,10 @@ def bind_exchange(channel: Channel, method: spec.Exchange.Bind, payload: bytes) 
 def unbind_exchange(channel: Channel, method: spec.Exchange.Unbind, payload: bytes) -> None:
     """Unbind an exchange from another."""
     raw = frames.arguments_of(type(method), payload)
-    destination = _exchange(channel, method.destination)
-    channel.vhost.unbind(method.source, destination, method.routing_key, raw)
+    destination = channel.vhost.exchanges.get(method.destination)
+    # RabbitMQ takes the unbinding of what is not there for done.
+    if destination is not None:
+        channel.vhost.unbind(method.source, destination, method.routing_key, raw)
     if not method.nowait:
         channel.send(spec.Exchange.UnbindOk())
 
@@ -97,8 +98,9 @@ def bind_queue(channel: Channel, method: spec.Queue.Bind, payload: bytes) -> Non
 def unbind_queue(channel: Channel, method: spec.Queue.Unbind, payload: bytes) -> None:
     """Unbind a queue from an exchange."""
     raw = frames.arguments_of(type(method), payload)
-    queue = channel.queue(method.queue)
-    channel.vhost.unbind(method.exchange, queue, _key(channel, method), raw)
+    if not method.queue or method.queue in channel.vhost.queues:
+        queue = channel.queue(method.queue)
+        channel.vhost.unbind(method.exchange, queue, _key(channel, method), raw)
     channel.send(spec.Queue.UnbindOk())
 
 
@@ -119,10 +121,6 @@ def delete_queue(channel: Channel, method: spec.Queue.Delete, payload: bytes) ->
         )
     if not method.nowait:
         channel.send(spec.Queue.DeleteOk(number))
-
-
-def _exchange(channel: Channel, name: str) -> Exchange:
-    return channel.vhost.exchange(name)
 
 
 def _key(channel: Channel, method: spec.Queue.Bind | spec.Queue.Unbind) -> str:

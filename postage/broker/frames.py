@@ -15,7 +15,13 @@ from pika import amqp_object, spec
 from pika import frame as pika_frame
 
 from postage.broker import fields
-from postage.broker.errors import FRAME_ERROR, NOT_IMPLEMENTED, SYNTAX_ERROR, Refusal
+from postage.broker.errors import (
+    FRAME_ERROR,
+    NOT_IMPLEMENTED,
+    SYNTAX_ERROR,
+    UNEXPECTED_FRAME,
+    Refusal,
+)
 
 METHOD = spec.FRAME_METHOD
 HEADER = spec.FRAME_HEADER
@@ -35,16 +41,41 @@ _END = bytes([spec.FRAME_END])
 HEARTBEAT_FRAME = pika_frame.Heartbeat().marshal()
 #: What the broker speaks, also its answer to any other greeting.
 PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
-#: Where the argument table of a method begins: after two octets, so many short strings and,
-#: for most, an octet of bits. The table is the last argument of all of these.
-_BEFORE_ARGUMENTS: dict[type[amqp_object.Method], tuple[int, int]] = {
-    spec.Exchange.Declare: (2, 1),
-    spec.Exchange.Bind: (3, 1),
-    spec.Exchange.Unbind: (3, 1),
-    spec.Queue.Declare: (1, 1),
-    spec.Queue.Bind: (3, 1),
-    spec.Queue.Unbind: (3, 0),
-    spec.Basic.Consume: (2, 1),
+#: What a client says at last. After a frame that is broken nothing else can be made out.
+_CLOSE_OK = pika_frame.Method(0, spec.Connection.CloseOk()).marshal()
+#: The arguments of the methods that clients send: numbers and octets of bits by their sizes,
+#: short strings, long strings and tables. Basic.publish is read by itself.
+_ARGUMENTS: dict[type[amqp_object.Method], str] = {
+    spec.Connection.StartOk: "tsls",
+    spec.Connection.SecureOk: "l",
+    spec.Connection.TuneOk: "242",
+    spec.Connection.Open: "ss1",
+    spec.Connection.Close: "2s22",
+    spec.Connection.CloseOk: "",
+    spec.Connection.UpdateSecret: "ls",
+    spec.Channel.Open: "s",
+    spec.Channel.Flow: "1",
+    spec.Channel.Close: "2s22",
+    spec.Channel.CloseOk: "",
+    spec.Exchange.Declare: "2ss1t",
+    spec.Exchange.Delete: "2s1",
+    spec.Exchange.Bind: "2sss1t",
+    spec.Exchange.Unbind: "2sss1t",
+    spec.Queue.Declare: "2s1t",
+    spec.Queue.Bind: "2sss1t",
+    spec.Queue.Unbind: "2ssst",
+    spec.Queue.Purge: "2s1",
+    spec.Queue.Delete: "2s1",
+    spec.Basic.Qos: "421",
+    spec.Basic.Consume: "2ss1t",
+    spec.Basic.Cancel: "s1",
+    spec.Basic.Get: "2s1",
+    spec.Basic.Ack: "81",
+    spec.Basic.Nack: "81",
+    spec.Basic.Reject: "81",
+    spec.Basic.Recover: "1",
+    spec.Basic.RecoverAsync: "1",
+    spec.Confirm.Select: "1",
 }
 
 
@@ -66,6 +97,7 @@ class FrameReader:
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self._buffer = bytearray()
+        self._is_lost = False
 
     def __len__(self) -> int:
         return len(self._buffer)
@@ -89,27 +121,31 @@ class FrameReader:
     def frames(self) -> Generator[Frame, None, None]:
         """Yield the frames that are complete. It may be left between two frames.
 
+        After a broken one it is unknown where the next begins: then only connection.close-ok is
+        looked for, and all else is thrown away.
+
         Raises:
             Refusal: A frame is too large or does not end where it says.
         """
+        if self._is_lost:
+            yield from self._close_ok()
+            return
         buffer = self._buffer
         start = 0
         try:
             while len(buffer) - start >= OVERHEAD - 1:
                 type_, channel, size = _PREFIX.unpack_from(buffer, start)
                 if size + OVERHEAD > self.max_size:
-                    raise Refusal(
-                        FRAME_ERROR,
+                    raise self._lost(
                         f"type {type_}, {size} octets is larger than the negotiated frame_max "
-                        f"of {self.max_size} octets",
+                        f"of {self.max_size - OVERHEAD} octets"
                     )
                 end = start + size + OVERHEAD
                 if len(buffer) < end:
                     return
                 if buffer[end - 1] != spec.FRAME_END:
-                    raise Refusal(
-                        FRAME_ERROR,
-                        f"type {type_}, {size} octets does not end with the end of a frame",
+                    raise self._lost(
+                        f"type {type_}, {size} octets does not end with the end of a frame"
                     )
                 payload = bytes(buffer[start + OVERHEAD - 1 : end - 1])
                 start = end
@@ -117,24 +153,118 @@ class FrameReader:
         finally:
             del buffer[:start]
 
+    def _lost(self, text: str) -> Refusal:
+        self._is_lost = True
+        return Refusal(FRAME_ERROR, text)
+
+    def _close_ok(self) -> Generator[Frame, None, None]:
+        is_there = _CLOSE_OK in self._buffer
+        del self._buffer[: 1 - len(_CLOSE_OK)]
+        if is_there:
+            yield Frame(METHOD, 0, _CLOSE_OK[OVERHEAD - 1 : -1])
+
+
+def method_of(frame: Frame) -> amqp_object.Method | None:
+    """Return the method of a frame, None if it is one of the other kinds.
+
+    Raises:
+        Refusal: It is of no kind that there is, a heartbeat of a channel, or broken.
+    """
+    if frame.type == METHOD:
+        return decode_method(frame.payload)
+    if frame.type not in (HEADER, BODY, HEARTBEAT) or (frame.type == HEARTBEAT and frame.payload):
+        raise Refusal(FRAME_ERROR, f"type {frame.type}, {len(frame.payload)} octets: unknown_frame")
+    if frame.type == HEARTBEAT and frame.channel:
+        raise Refusal(UNEXPECTED_FRAME, f"a heartbeat on channel {frame.channel}")
+    return None
+
 
 def decode_method(payload: bytes) -> amqp_object.Method:
     """Return the method of a method frame.
+
+    Its arguments are complete if it is one that clients send. Of tables, only that of
+    connection.start-ok is in it: `arguments_of` reads the others.
 
     Raises:
         Refusal: It is none that AMQP 0-9-1 or RabbitMQ knows, or its arguments are broken.
     """
     if len(payload) < _METHOD_INDEX.size:
-        raise Refusal(SYNTAX_ERROR, "a method frame without a method")
+        raise Refusal(FRAME_ERROR, "a method frame without a method")
     (index,) = _METHOD_INDEX.unpack_from(payload)
     kind = spec.methods.get(index)
     if kind is None:
         raise Refusal(NOT_IMPLEMENTED, f"unknown method {index >> 16}.{index & 0xFFFF}")
-    try:
-        method: amqp_object.Method = kind().decode(payload, _METHOD_INDEX.size)
-    except Exception as error:  # pika's decoder fails in many ways on a hostile body
-        raise Refusal(SYNTAX_ERROR, f"cannot read {kind.__qualname__}: {error!r}") from error
+    if kind is spec.Basic.Publish:
+        return _decode_publish(payload)
+    method: amqp_object.Method = object.__new__(kind)
+    if kind not in _ARGUMENTS:
+        return method
+    start, end = _check(kind, payload)
+    # pika's decoder calls itself for each level of a table, and clients may nest them deeply.
+    without_table = payload[:start] + bytes(4) + payload[end:] if end else payload
+    method.decode(without_table, _METHOD_INDEX.size)
+    if isinstance(method, spec.Connection.StartOk):
+        method.client_properties = _plain(fields.split(payload, start)[0])
     return method
+
+
+def _decode_publish(payload: bytes) -> spec.Basic.Publish:
+    # RabbitMQ checks all other short strings, but these two may be no UTF-8.
+    try:
+        routing_key = 7 + payload[6]
+        bits = routing_key + 1 + payload[routing_key]
+        if bits + 1 != len(payload):
+            raise IndexError
+    except IndexError:
+        raise _malformed(spec.Basic.Publish) from None
+    return spec.Basic.Publish(
+        exchange=payload[7:routing_key].decode("utf-8", "surrogateescape"),
+        routing_key=payload[routing_key + 1 : bits].decode("utf-8", "surrogateescape"),
+        mandatory=bool(payload[bits] & 1),
+        immediate=bool(payload[bits] & 2),
+    )
+
+
+def _check(kind: type[amqp_object.Method], payload: bytes) -> tuple[int, int]:
+    """Return where the table of a method begins and ends, or zeros if it has none."""
+    offset = _METHOD_INDEX.size
+    table = (0, 0)
+    try:
+        for argument in _ARGUMENTS[kind]:
+            if argument == "s":
+                end = offset + 1 + payload[offset]
+                payload[offset + 1 : end].decode()
+                offset = end
+            elif argument == "t":
+                start, offset = offset, fields.split(payload, offset)[1]
+                table = (start, offset)
+            elif argument == "l":
+                offset += 4 + _METHOD_INDEX.unpack_from(payload, offset)[0]
+            else:
+                offset += int(argument)
+    except (IndexError, struct.error):
+        raise _malformed(kind) from None
+    except UnicodeDecodeError:
+        raise Refusal(FRAME_ERROR, "Malformed UTF-8 in shortstr") from None
+    except fields.FieldError as error:
+        raise Refusal(SYNTAX_ERROR, f"the table of {kind.NAME}: {error}") from error
+    if offset != len(payload):
+        raise _malformed(kind)
+    return table
+
+
+def _malformed(kind: type[amqp_object.Method]) -> Refusal:
+    return Refusal(FRAME_ERROR, f"cannot decode {kind.NAME}")
+
+
+def _plain(table: dict[str, bytes]) -> dict[str, object]:
+    """Return a table as Python values, and the tables in it likewise, but no deeper ones."""
+    return {
+        name: {key: fields.decode(value) for key, value in fields.fields_of(field).items()}
+        if field[:1] == b"F"
+        else fields.decode(field)
+        for name, field in table.items()
+    }
 
 
 def decode_content_header(payload: bytes) -> tuple[int, int, bytes]:
@@ -144,8 +274,10 @@ def decode_content_header(payload: bytes) -> tuple[int, int, bytes]:
         Refusal: It is too short.
     """
     if len(payload) < _CONTENT.size + 2:
-        raise Refusal(SYNTAX_ERROR, "a content header is too short")
-    class_id, _, size = _CONTENT.unpack_from(payload)
+        raise Refusal(FRAME_ERROR, "a content header is too short")
+    class_id, weight, size = _CONTENT.unpack_from(payload)
+    if weight:
+        raise Refusal(FRAME_ERROR, f"a content header has the weight {weight}, and must have 0")
     return class_id, size, payload[_CONTENT.size :]
 
 
@@ -156,23 +288,20 @@ def arguments_of(kind: type[amqp_object.Method], payload: bytes) -> dict[str, by
 
     Args:
         kind: the method, one that has arguments and was decoded from `payload`.
-
-    Raises:
-        Refusal: The table is broken.
     """
-    strings, bits = _BEFORE_ARGUMENTS[kind]
-    offset = _METHOD_INDEX.size + 2
-    for _ in range(strings):
-        offset += 1 + payload[offset]
-    try:
-        return fields.split(payload, offset + bits)[0]
-    except fields.FieldError as error:
-        raise Refusal(SYNTAX_ERROR, f"the arguments of {kind.NAME}: {error}") from error
+    return fields.split(payload, _check(kind, payload)[0])[0]
 
 
 def method(channel: int, value: amqp_object.Method) -> bytes:
     """Return the frame of a method."""
-    return pika_frame.Method(channel, value).marshal()
+    try:
+        return pika_frame.Method(channel, value).marshal()
+    except UnicodeEncodeError:
+        # An exchange or a routing key that is no UTF-8: pika lets bytes pass as they are.
+        for name, text in vars(value).items():
+            if isinstance(text, str):
+                setattr(value, name, text.encode("utf-8", "surrogateescape"))
+        return pika_frame.Method(channel, value).marshal()
 
 
 def deliver(

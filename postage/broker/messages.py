@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from postage.broker import fields
 from postage.broker.errors import PRECONDITION_FAILED, SYNTAX_ERROR, Refusal
@@ -35,6 +35,10 @@ _UINT32 = struct.Struct(">I")
 
 #: RabbitMQ takes no expiration beyond 32 bits of milliseconds.
 _MAX_EXPIRATION_MS = 2**32 - 1
+#: What Erlang reads as an integer.
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+#: Bytes that a header field needs beside those on the wire, once it is taken apart.
+_FIELD_BYTES = 110
 
 
 def split_properties(encoded: bytes) -> dict[str, bytes]:
@@ -112,7 +116,12 @@ class Message:
         self._address: bytes | None = None
         self._headers: Mapping[str, bytes] | None = None
         self.properties = properties = split_properties(encoded)
-        self.is_persistent = properties.get("delivery_mode") == b"\x02"
+        mode = properties.get("delivery_mode", b"\x01")
+        if mode not in (b"\x01", b"\x02"):
+            raise Refusal(
+                PRECONDITION_FAILED, f"invalid message: {{delivery_mode_unknown,{mode[0]}}}"
+            )
+        self.is_persistent = mode == b"\x02"
         self.priority = properties["priority"][0] if "priority" in properties else 0
         #: Milliseconds that it may wait in a queue, None for any time.
         self.expiration: int | None = None
@@ -152,8 +161,9 @@ class Message:
 
     @property
     def size(self) -> int:
-        """Bytes of body and properties."""
-        return len(self.body) + len(self.encoded)
+        """Bytes that it needs: the properties are there as they came, and taken apart."""
+        number = len(self._headers) if self._headers else 0
+        return len(self.body) + 2 * len(self.encoded) + _FIELD_BYTES * number
 
     def text(self, name: str) -> str | None:
         """Return a property that is a short string, None if it is not there."""
@@ -166,12 +176,15 @@ class Message:
 
 
 def _expiration(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        reason = "no_integer" if not text.lstrip("-").isdigit() else "value_negative"
-        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': {reason}")
-    if int(text) > _MAX_EXPIRATION_MS:
+    if not _INTEGER.fullmatch(text):
+        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': no_integer")
+    # A short string has 255 digits at most, which Python reads quickly.
+    value = int(text)
+    if value < 0:
+        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': value_negative")
+    if value > _MAX_EXPIRATION_MS:
         raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': value_too_big")
-    return int(text)
+    return value
 
 
 def _further_keys(headers: Mapping[str, bytes]) -> Iterator[str]:
@@ -185,9 +198,5 @@ def _further_keys(headers: Mapping[str, bytes]) -> Iterator[str]:
                 PRECONDITION_FAILED, f"invalid CC/BCC header: {name} must be an array of keys"
             )
         for item in fields.items(field):
-            key: Any = fields.decode(item) if item[:1] == b"S" else None
-            if key is None:
-                raise Refusal(
-                    PRECONDITION_FAILED, f"invalid CC/BCC header: {name} holds no string"
-                )
-            yield key if isinstance(key, str) else key.decode("utf-8", "surrogateescape")
+            if item[:1] == b"S":  # RabbitMQ leaves out what is no string
+                yield item[5:].decode("utf-8", "surrogateescape")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from postage import __version__
-from postage.broker.clock import Clock
+from postage.broker.clock import Clock, Timer
 from postage.broker.connection import Connection
 from postage.broker.errors import BrokerError
 from postage.broker.store import Store, Stored
@@ -88,6 +88,7 @@ class Node:
         self._alarms: dict[str, str] = {}
         self._confirming: dict[Channel, None] = {}
         self._unsynced: list[tuple[Channel, int]] = []
+        self._retry: Timer | None = None
         if store is not None:
             self._restore(store.load())
         for name in vhosts:
@@ -203,7 +204,8 @@ class Node:
                 self.clock.call_later(self.confirm_delay, lambda: _send_confirms(channels))
             else:
                 _send_confirms(channels)
-        if self._store is not None and not self._store.is_clean:
+        # What was put and dropped within a turn leaves nothing to write, but has its publisher.
+        if self._store is not None and (self._unsynced or not self._store.is_clean):
             self._sync()
 
     def confirm_soon(self, channel: Channel) -> None:
@@ -233,7 +235,8 @@ class Node:
         if "store" not in self._alarms:
             logger.error("publishers wait until the store can be written again: %s", error)
         self.raise_alarm("store", "the store cannot be written")
-        self.clock.call_later(STORE_PAUSE, self._sync)
+        if self._retry is None or not self._retry.is_due:
+            self._retry = self.clock.call_later(STORE_PAUSE, self._sync)
 
     # Alarms
 

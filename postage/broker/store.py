@@ -419,19 +419,16 @@ class _Batch:
         if self.counts:
             self.counts.pop(place, None)
 
-    def absorb(self, later: _Batch, *, may_be_written: bool) -> None:
-        """Add later changes to these.
-
-        Args:
-            may_be_written: whether these were tried before. An error of the last step does not
-                tell whether they are in the file, so what is dropped must be deleted there too.
-        """
+    def absorb(self, later: _Batch) -> None:
+        """Add later changes to these, which may have been tried already."""
         self.topology += later.topology
         self.dropped_queues |= later.dropped_queues
         for place in later.drops:
-            self.drop(place)
-        if may_be_written:
-            self.drops |= later.drops
+            self.puts.pop(place, None)
+            self.counts.pop(place, None)
+        # Also those that were put here: an error of the last step does not tell whether they
+        # are in the file.
+        self.drops |= later.drops
         self.puts |= later.puts
         self.counts |= later.counts
 
@@ -463,7 +460,7 @@ class _Writer:
     def write(self, batch: _Batch, done: Done) -> None:
         with self._changed:
             if self._next:
-                self._next.absorb(batch, may_be_written=False)
+                self._next.absorb(batch)
             else:
                 self._next = batch
             self._waiting.append(done)
@@ -507,7 +504,7 @@ class _Writer:
         """Write a batch, and what failed before. If it fails, keep it."""
         failed, self._failed = self._failed, None
         if failed is not None:
-            failed.absorb(batch, may_be_written=True)
+            failed.absorb(batch)
             batch = failed
         try:
             with self._connection_lock:

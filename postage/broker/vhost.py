@@ -358,10 +358,10 @@ class VirtualHost:
         """Unbind a queue or an exchange. It is no error if it was not bound so.
 
         Raises:
-            Refusal: There is no such exchange.
+            Refusal: The source is the default exchange.
         """
-        exchange = self._bindable(source)
-        if not exchange.unbind(destination, key, raw):
+        exchange = self.exchanges.get(source) if source else self._bindable(source)
+        if exchange is None or not exchange.unbind(destination, key, raw):
             return
         self._forget_binding(exchange, destination, key, raw)
         if not exchange.leads_to(destination):
