@@ -6,7 +6,7 @@ The rules and the words are those of RabbitMQ: https://www.rabbitmq.com/docs/que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,10 @@ TYPE_NAMES = {
     b"V": "void",
 }
 _INTEGERS = frozenset({b"b", b"B", b"s", b"u", b"I", b"i", b"l", b"L"})
-#: The longest time in milliseconds that Erlang's timers take.
-_MAX_MS = 2**32 - 1
+#: Milliseconds that RabbitMQ lets anything wait at most: ten years.
+MAX_MS = 315_360_000_000
 _MAX_PRIORITY = 255
-_OVERFLOWS = ("drop-head", "reject-publish", "reject-publish-dlx")
-_STRATEGIES = ("at-most-once", "at-least-once")
+_CLASSIC = fields.encode("classic")
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,36 @@ class _Invalid(ValueError):
     """A value that is refused, in the words of Erlang."""
 
 
-def _number(field: bytes, lowest: int = 0, highest: int | None = None) -> int:
-    if field[:1] not in _INTEGERS:
-        raise _Invalid(f"{{unacceptable_type,{TYPE_NAMES[field[:1]]}}}")
-    value = fields.decode(field)
-    assert isinstance(value, int)
-    if value < lowest:
-        raise _Invalid(f"{{value_negative,{value}}}" if lowest == 0 else "{value_zero,0}")
-    if highest is not None and value > highest:
-        raise _Invalid(f"{{value_too_big,{value}}}")
+def _integer(field: bytes) -> int:
+    value = fields.decode(field) if field[:1] in _INTEGERS else None
+    if not isinstance(value, int):
+        raise _Invalid(f'"expected integer, got {TYPE_NAMES[field[:1]]}"')
+    return value
+
+
+def _number(field: bytes) -> int:
+    value = _integer(field)
+    if value < 0:
+        raise _Invalid(f"{{value_negative,{value}}}")
     return value
 
 
 def _milliseconds(field: bytes) -> int:
-    return _number(field, 0, _MAX_MS)
+    value = _number(field)
+    if value > MAX_MS:
+        raise _Invalid(f"{{value_too_large,{value}}}")
+    return value
 
 
 def _lifetime(field: bytes) -> int:
-    value = _number(field, 0, _MAX_MS)
+    value = _milliseconds(field)
+    if value == 0:
+        raise _Invalid("{value_zero,0}")
+    return value
+
+
+def _group_size(field: bytes) -> int:
+    value = _number(field)
     if value == 0:
         raise _Invalid("{value_zero,0}")
     return value
@@ -106,11 +117,11 @@ def _string(field: bytes) -> str:
     return value
 
 
-def _one_of(*allowed: str) -> Callable[[bytes], str]:
+def _one_of(*allowed: str, otherwise: str) -> Callable[[bytes], str]:
     def read(field: bytes) -> str:
         value = _string(field)
         if value not in allowed:
-            raise _Invalid(f'{{invalid_value,<<"{value}">>}}')
+            raise _Invalid(otherwise.format(value))
         return value
 
     return read
@@ -122,21 +133,71 @@ def _flag(field: bytes) -> bool:
     return field[1:] != b"\x00"
 
 
-#: Argument, attribute of `QueueArguments`, reader.
-_QUEUE: dict[str, tuple[str, Callable[[bytes], Any]]] = {
-    "x-message-ttl": ("message_ttl", _milliseconds),
-    "x-expires": ("expires", _lifetime),
-    "x-dead-letter-exchange": ("dead_letter_exchange", _string),
-    "x-dead-letter-routing-key": ("dead_letter_routing_key", _string),
-    "x-dead-letter-strategy": ("is_at_least_once", _one_of(*_STRATEGIES)),
-    "x-max-length": ("max_length", _number),
-    "x-max-length-bytes": ("max_bytes", _number),
-    "x-overflow": ("overflow", _one_of(*_OVERFLOWS)),
-    "x-max-priority": ("max_priority", _priority),
-    "x-single-active-consumer": ("is_single_active", _flag),
-    "x-delivery-limit": ("delivery_limit", _number),
-    "x-queue-type": ("is_quorum", _one_of("classic", "quorum")),
+def _version(field: bytes) -> int:
+    value = _integer(field)
+    if value not in (1, 2):
+        raise _Invalid(f"\"unsupported queue version '{value}'\"")
+    return value
+
+
+#: Readers of arguments, in the order in which RabbitMQ looks at them.
+_QUEUE: dict[str, Callable[[bytes], Any]] = {
+    "x-expires": _lifetime,
+    "x-message-ttl": _milliseconds,
+    "x-dead-letter-exchange": _string,
+    "x-dead-letter-routing-key": _string,
+    "x-dead-letter-strategy": _one_of(
+        "at-most-once", "at-least-once", otherwise="invalid_dlx_strategy"
+    ),
+    "x-max-length": _number,
+    "x-max-length-bytes": _number,
+    "x-max-in-memory-length": _number,
+    "x-max-in-memory-bytes": _number,
+    "x-max-priority": _priority,
+    "x-overflow": _one_of(
+        "drop-head", "reject-publish", "reject-publish-dlx", otherwise="invalid_overflow"
+    ),
+    "x-queue-mode": _one_of("default", "lazy", otherwise="\"unsupported queue mode '{}'\""),
+    "x-queue-version": _version,
+    "x-single-active-consumer": _flag,
+    "x-queue-type": _one_of("classic", "quorum", otherwise="\"unsupported queue type '{}'\""),
+    "x-quorum-initial-group-size": _group_size,
+    "x-queue-leader-locator": _one_of(
+        "client-local", "balanced", otherwise="invalid_queue_locator_arg"
+    ),
 }
+#: Where a value goes, for those that mean something on one node.
+_ATTRIBUTES = {
+    "x-expires": "expires",
+    "x-message-ttl": "message_ttl",
+    "x-dead-letter-exchange": "dead_letter_exchange",
+    "x-dead-letter-routing-key": "dead_letter_routing_key",
+    "x-max-length": "max_length",
+    "x-max-length-bytes": "max_bytes",
+    "x-max-priority": "max_priority",
+    "x-overflow": "overflow",
+    "x-single-active-consumer": "is_single_active",
+}
+#: Arguments of the one type of queue that the other refuses; those of streams both refuse.
+_OF_STREAMS = frozenset(
+    {"x-max-age", "x-stream-max-segment-size-bytes", "x-initial-cluster-size"}
+)
+_NOT_CLASSIC = _OF_STREAMS | {
+    "x-dead-letter-strategy",
+    "x-delivery-limit",
+    "x-max-in-memory-length",
+    "x-max-in-memory-bytes",
+    "x-queue-leader-locator",
+    "x-quorum-initial-group-size",
+}
+_NOT_QUORUM = _OF_STREAMS | {
+    "x-max-priority",
+    "x-queue-master-locator",
+    "x-queue-mode",
+    "x-queue-version",
+}
+#: What must be the same when a queue is declared again.
+_COMPARED = (*_QUEUE, "x-delivery-limit")
 
 
 def read_queue_arguments(raw: Mapping[str, bytes], owner: str) -> QueueArguments:
@@ -148,25 +209,72 @@ def read_queue_arguments(raw: Mapping[str, bytes], owner: str) -> QueueArguments
     Raises:
         Refusal: RabbitMQ would refuse one.
     """
-    values: dict[str, Any] = {}
-    for name, field in raw.items():
-        if name in _QUEUE:
-            attribute, read = _QUEUE[name]
-            try:
-                values[attribute] = read(field)
-            except _Invalid as error:
-                raise Refusal(
-                    PRECONDITION_FAILED, f"invalid arg '{name}' for {owner}: {error}"
-                ) from None
-    values["is_quorum"] = values.get("is_quorum") == "quorum"
-    values["is_at_least_once"] = values.get("is_at_least_once") == "at-least-once"
-    if "dead_letter_routing_key" in values and "dead_letter_exchange" not in values:
+    values = {name: _read(name, raw[name], owner) for name in _QUEUE if name in raw}
+    if "x-dead-letter-routing-key" in raw and "x-dead-letter-exchange" not in raw:
         raise Refusal(
             PRECONDITION_FAILED,
             f"invalid arg 'x-dead-letter-routing-key' for {owner}: "
             "routing_key_but_no_dlx_defined",
         )
-    return QueueArguments(raw, **values)
+    is_quorum = values.get("x-queue-type") == "quorum"
+    for name in raw:
+        if name in (_NOT_QUORUM if is_quorum else _NOT_CLASSIC):
+            kind = "quorum" if is_quorum else "classic"
+            raise Refusal(
+                PRECONDITION_FAILED,
+                f"invalid arg '{name}' for {owner} of queue type rabbit_{kind}_queue",
+            )
+    return QueueArguments(
+        raw,
+        is_quorum=is_quorum,
+        is_at_least_once=values.get("x-dead-letter-strategy") == "at-least-once",
+        delivery_limit=_delivery_limit(raw.get("x-delivery-limit")),
+        **{name: values[each] for each, name in _ATTRIBUTES.items() if each in values},
+    )
+
+
+def _read(name: str, field: bytes, owner: str) -> Any:
+    if name == "x-dead-letter-exchange":
+        check_exchange_name(name, field, owner)
+    try:
+        return _QUEUE[name](field)
+    except _Invalid as error:
+        raise Refusal(
+            PRECONDITION_FAILED, f"invalid arg '{name}' for {owner}: {error}"
+        ) from None
+
+
+def _delivery_limit(field: bytes | None) -> int | None:
+    """Return the limit. RabbitMQ takes anything, and what is no limit for none."""
+    value = fields.decode(field) if field is not None and field[:1] in _INTEGERS else None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def read_priority(field: bytes | None, owner: str) -> int:
+    """Return the priority of a consumer.
+
+    Raises:
+        Refusal: It is no integer.
+    """
+    try:
+        return _integer(field) if field is not None else 0
+    except _Invalid as error:
+        raise Refusal(
+            PRECONDITION_FAILED, f"invalid arg 'x-priority' for {owner}: {error}"
+        ) from None
+
+
+def check_exchange_name(name: str, field: bytes | None, owner: str) -> None:
+    """Refuse what cannot be the name of an exchange.
+
+    Raises:
+        Refusal: It is no string.
+    """
+    if field is not None and field[:1] != b"S":
+        raise Refusal(
+            PRECONDITION_FAILED,
+            f"invalid type '{TYPE_NAMES[field[:1]]}' for arg '{name}' in {owner}",
+        )
 
 
 def check_quorum(
@@ -175,25 +283,12 @@ def check_quorum(
     """Refuse what a quorum queue cannot be.
 
     Raises:
-        Refusal: It is not durable, exclusive, deleted with its last consumer or has priorities.
+        Refusal: It is not durable, exclusive, or deleted with its last consumer.
     """
-    if not arguments.is_quorum:
-        return
-    wrong = [
-        ("durable", "false", not durable),
-        ("exclusive", "true", exclusive),
-        ("auto-delete", "true", auto_delete),
-    ]
-    for name, value, is_wrong in wrong:
-        if is_wrong:
-            raise Refusal(
-                PRECONDITION_FAILED, f"invalid property '{name}' for {owner}: '{value}'"
-            )
-    if arguments.max_priority is not None:
-        value = _shown(arguments.raw["x-max-priority"])
-        raise Refusal(
-            PRECONDITION_FAILED, f"invalid arg 'x-max-priority' for {owner} of queue type {value}"
-        )
+    wrong = {"auto-delete": auto_delete, "exclusive-owner": exclusive, "non-durable": not durable}
+    for name, is_wrong in wrong.items():
+        if arguments.is_quorum and is_wrong:
+            raise Refusal(PRECONDITION_FAILED, f"invalid property '{name}' for {owner}")
 
 
 def check_strict_queue(*, durable: bool, exclusive: bool) -> None:
@@ -225,27 +320,27 @@ def _deprecated(feature: str) -> Refusal:
 
 
 def check_equivalent(
-    current: Mapping[str, bytes], received: Mapping[str, bytes], owner: str, names: Any = None
+    current: Mapping[str, bytes],
+    received: Mapping[str, bytes],
+    owner: str,
+    names: Iterable[str] = _COMPARED,
 ) -> None:
     """Refuse a declaration whose arguments differ from those of what exists.
 
     Args:
-        names: the arguments that count; None for those of queues.
+        names: the arguments that count.
 
     Raises:
         Refusal: One differs, in its value or in the kind of its type.
     """
-    for name in _QUEUE if names is None else names:
+    for name in names:
         old, new = current.get(name), received.get(name)
-        if name == "x-queue-type":
-            default = fields.encode("classic")
-            old, new = old or default, new or default
-        if not _is_same(old, new):
-            raise Refusal(
-                PRECONDITION_FAILED,
-                f"inequivalent arg '{name}' for {owner}: received {_described(new)} but current "
-                f"is {_described(old)}",
-            )
+        if _is_same(old, new) or (name == "x-queue-type" and {old, new} == {None, _CLASSIC}):
+            continue
+        words = f"received {_described(new)} but current is {_described(old)}"
+        if old is not None and new is not None:
+            words = f"received '{_shown(new)}' but current is '{_shown(old)}'"
+        raise Refusal(PRECONDITION_FAILED, f"inequivalent arg '{name}' for {owner}: {words}")
 
 
 def check_same(name: str, current: object, received: object, owner: str) -> None:

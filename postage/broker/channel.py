@@ -22,6 +22,7 @@ from postage.broker.errors import (
     NOT_IMPLEMENTED,
     PRECONDITION_FAILED,
     RESOURCE_ERROR,
+    RESOURCE_LOCKED,
     UNEXPECTED_FRAME,
     Refusal,
 )
@@ -313,10 +314,9 @@ class Channel:
             # No queue holds them, so nothing but this limits them.
             logger.warning("%s reads no replies: one is dropped", self.connection.peer)
             return
-        tag = self._next_tag
-        self._next_tag += 1
         encoded_tag = frames.short_string(self._reply_tag or "")
-        method = frames.deliver(self.number, encoded_tag, tag, False, message.address)
+        # RabbitMQ counts them with the others, but never on: each carries the next tag.
+        method = frames.deliver(self.number, encoded_tag, self._next_tag, False, message.address)
         self.connection.send_content(method, self.number, message.encoded, message.body)
 
     def dispatch(self) -> None:
@@ -327,6 +327,13 @@ class Channel:
     def get(self, method: spec.Basic.Get, payload: bytes) -> None:
         """Send one message, if there is one."""
         queue = self.queue(method.queue)
+        if queue.arguments.is_quorum and queue.arguments.is_single_active:
+            raise Refusal(
+                RESOURCE_LOCKED,
+                f"cannot obtain access to locked queue '{queue.name}' in vhost "
+                f"'{self.vhost.name}'. basic.get operations are not supported by quorum queues "
+                "with single active consumer",
+            )
         entry = queue.get()
         if entry is None:
             self.send(spec.Basic.GetEmpty())
@@ -362,7 +369,7 @@ class Channel:
     def qos(self, method: spec.Basic.Qos, payload: bytes) -> None:
         """Limit what may be unsettled: for each later consumer, or for the whole channel."""
         if method.prefetch_size:
-            raise Refusal(NOT_IMPLEMENTED, "prefetch_size!=0 (0 expected)")
+            raise Refusal(NOT_IMPLEMENTED, f"prefetch_size!=0 ({method.prefetch_size})")
         if self.node.is_strict:
             arguments.check_strict_qos(is_global=method.global_qos)
         if method.global_qos:
@@ -383,19 +390,19 @@ class Channel:
             return
         queue = self.queue(method.queue)
         raw = frames.arguments_of(type(method), payload)
-        priority = fields.decode(raw["x-priority"]) if "x-priority" in raw else 0
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise Refusal(PRECONDITION_FAILED, "invalid arg 'x-priority': no integer")
-        if queue.consumers.exclusive or (method.exclusive and len(queue.consumers)):
-            raise Refusal(
-                ACCESS_REFUSED,
-                f"queue '{queue.name}' in vhost '{self.vhost.name}' in exclusive use",
-            )
+        owner = f"queue '{queue.name}' in vhost '{self.vhost.name}'"
+        priority = arguments.read_priority(raw.get("x-priority"), owner)
+        # A quorum queue takes an exclusive consumer for any other.
+        exclusive = method.exclusive and not queue.arguments.is_quorum
+        if queue.consumers.exclusive or (
+            exclusive and (len(queue.consumers) or queue.arguments.is_single_active)
+        ):
+            raise Refusal(ACCESS_REFUSED, f"{owner} in exclusive use")
         consumer = Consumer(
             self,
             tag,
             no_ack=method.no_ack,
-            exclusive=method.exclusive,
+            exclusive=exclusive,
             prefetch=self._prefetch,
             priority=priority,
         )
@@ -508,13 +515,18 @@ class Channel:
         return [unsettled.pop(each) for each in tags]
 
     def _settled(self, settled: Iterable[Unsettled]) -> None:
-        """Let others have their turn."""
+        """Let others have their turn, and each consumer all that it can take by now."""
+        numbers: dict[Consumer, int] = {}
         queues: dict[Queue, None] = {}
         for _, entry, consumer, _ in settled:
-            if consumer is not None:
-                consumer.unsettled -= 1
-                self._held -= 1
             queues[entry.queue] = None
+            if consumer is not None:
+                numbers[consumer] = numbers.get(consumer, 0) + 1
+        for consumer, number in numbers.items():
+            consumer.unsettled -= number
+            self._held -= number
+            if consumer.tag in self.consumers:
+                self.consumers[consumer.tag][1].dispatch()
         for queue in queues:
             queue.dispatch()
         if self._limit:
@@ -536,9 +548,6 @@ class Channel:
             )
 
     # The channel itself
-
-    def ignore(self, method: amqp_object.Method, payload: bytes) -> None:
-        """Take note of an answer that changes nothing."""
 
     def flow(self, method: spec.Channel.Flow, payload: bytes) -> None:
         """Pause deliveries, or go on with them."""
@@ -562,7 +571,7 @@ class Channel:
         self._unconfirmed.clear()
         self._forget_content()
         # All consumers are gone by now: what is given back is ahead of what comes later.
-        _give_back(settled)
+        _give_back(settled, is_lost=True)
         queues = {each.entry.queue: None for each in settled}
         for queue in {**queues, **{queue: None for _, queue in consumers}}:
             self.vhost.consumer_left(queue)
@@ -585,12 +594,12 @@ def coalesced(acks: list[int], unconfirmed: set[int]) -> list[tuple[int, bool]]:
     return first + [(number, False) for number in acks if lowest is not None and number > lowest]
 
 
-def _give_back(settled: Iterable[Unsettled]) -> None:
+def _give_back(settled: Iterable[Unsettled], *, is_lost: bool = False) -> None:
     queues: dict[Queue, list[Entry]] = {}
     for each in settled:
         queues.setdefault(each.entry.queue, []).append(each.entry)
     for queue, entries in queues.items():
-        queue.requeue(entries)
+        queue.requeue(entries, is_lost=is_lost)
 
 
 def _encoded(entry: Entry, is_got: bool = False) -> bytes:
@@ -613,7 +622,6 @@ Handler = Callable[[Channel, Any, bytes], None]
 HANDLERS: dict[type[amqp_object.Method], Handler] = {
     spec.Basic.Ack: Channel.ack,
     spec.Basic.Cancel: Channel.cancel,
-    spec.Basic.CancelOk: Channel.ignore,
     spec.Basic.Consume: Channel.consume,
     spec.Basic.Get: Channel.get,
     spec.Basic.Nack: Channel.nack,
@@ -623,6 +631,5 @@ HANDLERS: dict[type[amqp_object.Method], Handler] = {
     spec.Basic.RecoverAsync: Channel.recover,
     spec.Basic.Reject: Channel.reject,
     spec.Channel.Flow: Channel.flow,
-    spec.Channel.FlowOk: Channel.ignore,
     spec.Confirm.Select: Channel.select_confirms,
 }

@@ -13,6 +13,8 @@ from postage.broker import fields
 from postage.broker.messages import Message, join_properties
 
 _COUNT = "count"
+#: What a field holds at most.
+_LARGEST = 2**63 - 1
 
 
 def dead_letter(
@@ -34,15 +36,16 @@ def dead_letter(
         "queue": fields.encode(queue),
         "time": fields.encode(datetime.now(timezone.utc)),
         "exchange": fields.encode(message.exchange),
-        "routing-keys": fields.array(fields.encode(key) for key in message.keys),
+        "routing-keys": fields.array(fields.encode(key) for key in message.public_keys),
     }
     if "expiration" in properties:
         # It would expire again at once where it goes.
         death["original-expiration"] = fields.encode(message.text("expiration") or "")
         del properties["expiration"]
+    if "x-death" not in headers:
+        for name in ("reason", "queue", "exchange"):
+            headers[f"x-first-death-{name}"] = death[name]
     headers["x-death"] = _with_death(headers.get("x-death"), death)
-    for name in ("reason", "queue", "exchange"):
-        headers.setdefault(f"x-first-death-{name}", death[name])
     if routing_key is not None:
         headers.pop("CC", None)
     properties["headers"] = fields.join(headers)
@@ -78,12 +81,14 @@ def _deaths(field: bytes | None) -> Sequence[dict[str, bytes]]:
 
 def _with_death(field: bytes | None, death: dict[str, bytes]) -> bytes:
     """Return the header x-death with one more death: the last is the first of the list."""
-    others = []
+    others: list[dict[str, bytes]] = []
     for old in _deaths(field):
         if all(old.get(name) == death[name] for name in ("queue", "reason")):
             count = fields.decode(old[_COUNT]) if _COUNT in old else 0
-            number = count + 1 if isinstance(count, int) else 1
+            # A client may have written any number.
+            number = min(count + 1, _LARGEST) if isinstance(count, int) else 1
             death = {**old, _COUNT: fields.encode(number)}
         else:
-            others.append(old)
+            # RabbitMQ turns those round each time.
+            others.insert(0, old)
     return fields.array(fields.table(each) for each in (death, *others))

@@ -8,16 +8,17 @@ from pika import amqp_object, spec
 from postage.broker import frames
 from postage.broker.channel import Channel, Handler
 from postage.broker.errors import not_found
-from postage.broker.vhost import REPLY_TO
+from postage.broker.vhost import REPLY_TO, check_not_default
 
 
 def declare_exchange(channel: Channel, method: spec.Exchange.Declare, payload: bytes) -> None:
     """Make an exchange, or see whether it is there."""
     if method.passive:
+        check_not_default(method.exchange)
         channel.vhost.exchange(method.exchange)
     else:
         channel.vhost.declare_exchange(
-            method.exchange,
+            _on_one_line(method.exchange),
             method.type,
             frames.arguments_of(type(method), payload),
             durable=method.durable,
@@ -38,6 +39,9 @@ def delete_exchange(channel: Channel, method: spec.Exchange.Delete, payload: byt
 def bind_exchange(channel: Channel, method: spec.Exchange.Bind, payload: bytes) -> None:
     """Bind an exchange to another (RabbitMQ, exchange to exchange bindings)."""
     raw = frames.arguments_of(type(method), payload)
+    check_not_default(method.source)
+    check_not_default(method.destination)
+    channel.vhost.exchange(method.source)
     destination = channel.vhost.exchange(method.destination)
     channel.vhost.bind(method.source, destination, method.routing_key, raw)
     if not method.nowait:
@@ -47,6 +51,8 @@ def bind_exchange(channel: Channel, method: spec.Exchange.Bind, payload: bytes) 
 def unbind_exchange(channel: Channel, method: spec.Exchange.Unbind, payload: bytes) -> None:
     """Unbind an exchange from another."""
     raw = frames.arguments_of(type(method), payload)
+    check_not_default(method.source)
+    check_not_default(method.destination)
     destination = channel.vhost.exchanges.get(method.destination)
     # RabbitMQ takes the unbinding of what is not there for done.
     if destination is not None:
@@ -61,11 +67,11 @@ def declare_queue(channel: Channel, method: spec.Queue.Declare, payload: bytes) 
         _declare_replies(channel, method)
         return
     if method.passive:
-        queue = channel.queue(method.queue)
+        queue = channel.vhost.queue(method.queue, channel.connection)
         queue.use()
     else:
         queue = channel.vhost.declare_queue(
-            method.queue,
+            _on_one_line(method.queue),
             frames.arguments_of(type(method), payload),
             channel.connection,
             durable=method.durable,
@@ -89,6 +95,8 @@ def _declare_replies(channel: Channel, method: spec.Queue.Declare) -> None:
 def bind_queue(channel: Channel, method: spec.Queue.Bind, payload: bytes) -> None:
     """Bind a queue to an exchange."""
     raw = frames.arguments_of(type(method), payload)
+    check_not_default(method.exchange)
+    channel.vhost.exchange(method.exchange)
     queue = channel.queue(method.queue)
     channel.vhost.bind(method.exchange, queue, _key(channel, method), raw)
     if not method.nowait:
@@ -98,8 +106,12 @@ def bind_queue(channel: Channel, method: spec.Queue.Bind, payload: bytes) -> Non
 def unbind_queue(channel: Channel, method: spec.Queue.Unbind, payload: bytes) -> None:
     """Unbind a queue from an exchange."""
     raw = frames.arguments_of(type(method), payload)
-    if not method.queue or method.queue in channel.vhost.queues:
+    check_not_default(method.exchange)
+    # RabbitMQ lets anybody unbind, also a queue that is exclusive to another connection.
+    queue = channel.vhost.queues.get(method.queue or channel.last_queue or "")
+    if queue is None and not method.queue:
         queue = channel.queue(method.queue)
+    if queue is not None:
         channel.vhost.unbind(method.exchange, queue, _key(channel, method), raw)
     channel.send(spec.Queue.UnbindOk())
 
@@ -123,6 +135,16 @@ def delete_queue(channel: Channel, method: spec.Queue.Delete, payload: bytes) ->
         channel.send(spec.Queue.DeleteOk(number))
 
 
+def grant_access(channel: Channel, method: spec.Access.Request, payload: bytes) -> None:
+    """Give a ticket, as RabbitMQ does to clients of AMQP 0-8. It is good for nothing."""
+    channel.send(spec.Access.RequestOk(1))
+
+
+def _on_one_line(name: str) -> str:
+    # As RabbitMQ does with the names that are declared.
+    return name.replace("\r", "").replace("\n", "")
+
+
 def _key(channel: Channel, method: spec.Queue.Bind | spec.Queue.Unbind) -> str:
     # Without both names, the queue that was declared last is bound by its name.
     if not method.queue and not method.routing_key:
@@ -133,6 +155,7 @@ def _key(channel: Channel, method: spec.Queue.Bind | spec.Queue.Unbind) -> str:
 
 #: What a channel does with the methods of these classes.
 HANDLERS: dict[type[amqp_object.Method], Handler] = {
+    spec.Access.Request: grant_access,
     spec.Exchange.Bind: bind_exchange,
     spec.Exchange.Declare: declare_exchange,
     spec.Exchange.Delete: delete_exchange,

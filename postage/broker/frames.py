@@ -32,7 +32,7 @@ HEARTBEAT = spec.FRAME_HEARTBEAT
 _PREFIX = struct.Struct(">BHI")
 #: Class, weight and size of the body before the properties.
 _CONTENT = struct.Struct(">HHQ")
-_METHOD_INDEX = struct.Struct(">I")
+_METHOD_INDEX = _SIZE = struct.Struct(">I")
 _DELIVER = struct.Struct(">QB")
 #: What a frame costs beside its payload.
 OVERHEAD = 8
@@ -236,10 +236,13 @@ def _check(kind: type[amqp_object.Method], payload: bytes) -> tuple[int, int]:
                 payload[offset + 1 : end].decode()
                 offset = end
             elif argument == "t":
-                start, offset = offset, fields.split(payload, offset)[1]
-                table = (start, offset)
+                table = (offset, offset + 4 + _SIZE.unpack_from(payload, offset)[0])
+                if table[1] > len(payload):
+                    raise IndexError
+                fields.split(payload, offset)
+                offset = table[1]
             elif argument == "l":
-                offset += 4 + _METHOD_INDEX.unpack_from(payload, offset)[0]
+                offset += 4 + _SIZE.unpack_from(payload, offset)[0]
             else:
                 offset += int(argument)
     except (IndexError, struct.error):
@@ -277,7 +280,7 @@ def decode_content_header(payload: bytes) -> tuple[int, int, bytes]:
         raise Refusal(FRAME_ERROR, "a content header is too short")
     class_id, weight, size = _CONTENT.unpack_from(payload)
     if weight:
-        raise Refusal(FRAME_ERROR, f"a content header has the weight {weight}, and must have 0")
+        raise Refusal(UNEXPECTED_FRAME, f"a content header has the weight {weight}, expected 0")
     return class_id, size, payload[_CONTENT.size :]
 
 

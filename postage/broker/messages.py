@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from postage.broker import fields
+from postage.broker.arguments import MAX_MS, TYPE_NAMES
 from postage.broker.errors import PRECONDITION_FAILED, SYNTAX_ERROR, Refusal
 from postage.broker.frames import short_string
 
@@ -33,8 +34,6 @@ _SIZES = {"delivery_mode": 1, "priority": 1, "timestamp": 8}
 _UINT16 = struct.Struct(">H")
 _UINT32 = struct.Struct(">I")
 
-#: RabbitMQ takes no expiration beyond 32 bits of milliseconds.
-_MAX_EXPIRATION_MS = 2**32 - 1
 #: What Erlang reads as an integer.
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 #: Bytes that a header field needs beside those on the wire, once it is taken apart.
@@ -105,6 +104,7 @@ class Message:
         "keys",
         "priority",
         "properties",
+        "public_keys",
         "routing_key",
     )
 
@@ -125,12 +125,14 @@ class Message:
         self.priority = properties["priority"][0] if "priority" in properties else 0
         #: Milliseconds that it may wait in a queue, None for any time.
         self.expiration: int | None = None
-        #: The routing key, and those of the headers CC and BCC.
-        self.keys: tuple[str, ...] = (routing_key,)
+        #: The routing key and those of the header CC; then also those of the header BCC.
+        self.public_keys: tuple[str, ...] = (routing_key,)
+        self.keys: tuple[str, ...] = self.public_keys
         if "expiration" in properties:
             self.expiration = _expiration(_text(properties["expiration"]) or "")
         if "headers" in properties:
-            self.keys = (routing_key, *_further_keys(self.headers))
+            self.public_keys = (routing_key, *_further_keys(self.headers, "CC"))
+            self.keys = (*self.public_keys, *_further_keys(self.headers, "BCC"))
             if "BCC" in self.headers:
                 without = {name: field for name, field in self.headers.items() if name != "BCC"}
                 self._headers = without
@@ -176,27 +178,33 @@ class Message:
 
 
 def _expiration(text: str) -> int:
-    if not _INTEGER.fullmatch(text):
-        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': no_integer")
+    match = _INTEGER.match(text)
+    reason = None
+    if match is None:
+        reason = "no_integer"
+    elif match.end() < len(text):
+        reason = f'{{leftover_string,"{text[match.end() :]}"}}'
+    elif text.startswith("-"):
+        reason = f"{{value_negative,{text}}}"
     # A short string has 255 digits at most, which Python reads quickly.
-    value = int(text)
-    if value < 0:
-        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': value_negative")
-    if value > _MAX_EXPIRATION_MS:
-        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': value_too_big")
-    return value
+    elif int(text) > MAX_MS:
+        reason = f"{{value_too_large,{text}}}"
+    if reason is not None:
+        raise Refusal(PRECONDITION_FAILED, f"invalid expiration '{text}': {reason}")
+    return int(text)
 
 
-def _further_keys(headers: Mapping[str, bytes]) -> Iterator[str]:
-    """Yield the keys of the headers CC and BCC (RabbitMQ, sender-selected distribution)."""
-    for name in ("CC", "BCC"):
-        field = headers.get(name)
-        if field is None:
-            continue
-        if field[:1] != b"A":
-            raise Refusal(
-                PRECONDITION_FAILED, f"invalid CC/BCC header: {name} must be an array of keys"
-            )
-        for item in fields.items(field):
-            if item[:1] == b"S":  # RabbitMQ leaves out what is no string
-                yield item[5:].decode("utf-8", "surrogateescape")
+def _further_keys(headers: Mapping[str, bytes], name: str) -> Iterator[str]:
+    """Yield the keys of the header CC or BCC (RabbitMQ, sender-selected distribution)."""
+    field = headers.get(name)
+    if field is None:
+        return
+    if field[:1] != b"A":
+        kind = TYPE_NAMES[field[:1]]
+        raise Refusal(
+            PRECONDITION_FAILED,
+            f'invalid message: {{unacceptable_type_in_header,"{name}",{kind}}}',
+        )
+    for item in fields.items(field):
+        if item[:1] == b"S":  # RabbitMQ leaves out what is no string
+            yield item[5:].decode("utf-8", "surrogateescape")

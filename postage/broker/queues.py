@@ -170,11 +170,13 @@ class Queue:
     @property
     def is_refusing(self) -> bool:
         """Whether it is full and refuses what is published."""
-        if self.arguments.overflow == "drop-head":
-            return False
         limits = self.arguments
-        return (limits.max_length is not None and self.count >= limits.max_length) or (
-            limits.max_bytes is not None and self.bytes >= limits.max_bytes
+        if limits.overflow == "drop-head":
+            return False
+        # A quorum queue notices that it is full only once it holds more than it should.
+        slack = 1 if limits.is_quorum else 0
+        return (limits.max_length is not None and self.count >= limits.max_length + slack) or (
+            limits.max_bytes is not None and self.bytes >= limits.max_bytes + slack
         )
 
     def publish(self, message: Message) -> bool:
@@ -279,8 +281,18 @@ class Queue:
         self.unsettled -= 1
         self._bury(entry, "rejected")
 
-    def requeue(self, entries: Iterable[Entry]) -> None:
-        """Take messages back that were not settled, each to its place."""
+    def requeue(self, entries: Iterable[Entry], *, is_lost: bool = False) -> None:
+        """Take messages back that were not settled.
+
+        A classic queue puts each to its place. A quorum queue without a delivery limit puts what
+        was given back on purpose behind all others, so that its log can be cut, and what is
+        given back for another reason ahead of all others.
+
+        Args:
+            is_lost: their consumer is gone; nobody gave them back on purpose.
+        """
+        limit = self.arguments.delivery_limit
+        is_to_back = self.arguments.is_quorum and limit is None and not is_lost
         for entry in entries:
             self.unsettled -= 1
             if self.is_deleted:
@@ -288,15 +300,23 @@ class Queue:
                 continue
             entry.is_redelivered = True
             entry.deliveries += 1
-            limit = self.arguments.delivery_limit
             if self.arguments.is_quorum and limit is not None and entry.deliveries > limit:
                 self._bury(entry, "delivery_limit")
-                continue
-            self._level_of(entry).push_back(entry)
-            self._counted(entry, 1)
-            self.host.keep_count(entry)
+            elif is_to_back:
+                self._push_to_back(entry)
+            else:
+                self._level_of(entry).push_back(entry)
+                self._counted(entry, 1)
+                self.host.keep_count(entry)
         self._drop_what_is_too_much()
         self._drop_expired()
+
+    def _push_to_back(self, entry: Entry) -> None:
+        self.host.forget(entry)
+        entry.position = self._next_position
+        self._next_position += 1
+        self._push(entry)
+        self.host.keep(entry)
 
     def purge(self) -> int:
         """Throw away what waits, and return how much that was."""
@@ -313,12 +333,18 @@ class Queue:
             yield from level
         yield from (entry for entry, _ in self._stuck)
 
-    def close(self) -> None:
-        """Stop the timers, after the queue was deleted."""
+    def close(self) -> list[Entry]:
+        """Stop the timers and let go of all that is kept, which is returned."""
         self.is_deleted = True
         for timer in (self._expiry, self._retry, self._use):
             if timer is not None:
                 timer.cancel()
+        kept = list(self.kept())
+        # Deliveries may be settled later, and nobody must get what was behind them.
+        self._levels = [_Level(self.arguments.is_quorum) for _ in self._levels]
+        self._stuck.clear()
+        self.count = self.bytes = 0
+        return kept
 
     def _drop_what_is_too_much(self) -> None:
         limits = self.arguments
@@ -335,11 +361,13 @@ class Queue:
     def _drop_expired(self, newest: Entry | None = None) -> None:
         """Drop what has waited for too long, as far as it is at the head, as RabbitMQ does."""
         now = self.host.clock.now()
-        for level in self._levels:
-            while (entry := level.head) is not None and entry.expires is not None:
+        for level in reversed(self._levels):
+            while (entry := level.head) is not None:
+                if entry.expires is None:
+                    return
                 if entry.expires > now or entry is newest:
                     self._wake_at(entry.expires)
-                    break
+                    return
                 level.pop()
                 self._counted(entry, -1)
                 self._bury(entry, "expired")

@@ -16,6 +16,7 @@ from postage.broker.consumers import Consumer
 from postage.broker.errors import (
     ACCESS_REFUSED,
     COMMAND_INVALID,
+    NOT_IMPLEMENTED,
     PRECONDITION_FAILED,
     RESOURCE_LOCKED,
     Refusal,
@@ -39,6 +40,7 @@ PREDECLARED = {
     "amq.topic": "topic",
     "amq.headers": "headers",
     "amq.match": "headers",
+    "amq.rabbitmq.trace": "topic",
 }
 #: The queue that nobody declares: who consumes from it gets replies (RabbitMQ, direct reply-to).
 REPLY_TO = "amq.rabbitmq.reply-to"
@@ -99,7 +101,8 @@ class VirtualHost:
         self._callers: dict[str, Receiver] = {}
         self._dead: deque[tuple[Entry, str]] = deque()
         for exchange, type_ in PREDECLARED.items():
-            self.exchanges[exchange] = TYPES[type_](exchange, durable=True)
+            is_internal = exchange == "amq.rabbitmq.trace"
+            self.exchanges[exchange] = TYPES[type_](exchange, durable=True, internal=is_internal)
 
     def __repr__(self) -> str:
         return f"<VirtualHost {self.name} [{len(self.queues)} queues]>"
@@ -133,8 +136,10 @@ class VirtualHost:
             Refusal: It is of an unknown type, its name is reserved, or there is another.
         """
         if type_ not in TYPES:
-            raise Refusal(COMMAND_INVALID, f"invalid exchange type '{type_}'")
+            raise Refusal(COMMAND_INVALID, f"unknown exchange type '{type_}'")
+        check_not_default(name)
         owner = f"exchange '{name}' in vhost '{self.name}'"
+        arguments.check_exchange_name("alternate-exchange", raw.get("alternate-exchange"), owner)
         current = self.exchanges.get(name)
         if current is None:
             if name.startswith("amq."):
@@ -173,9 +178,11 @@ class VirtualHost:
         Raises:
             Refusal: It is one of those that are always there, or it is used.
         """
+        check_not_default(name)
         if name in PREDECLARED:
             raise Refusal(
-                ACCESS_REFUSED, f"exchange name '{name}' contains reserved prefix 'amq.*'"
+                ACCESS_REFUSED,
+                f"deletion of system exchange '{name}' in vhost '{self.name}' not allowed",
             )
         exchange = self.exchanges.get(name)
         if exchange is None:
@@ -231,7 +238,8 @@ class VirtualHost:
         Raises:
             Refusal: Its name is reserved, its arguments are wrong, or there is another.
         """
-        if not name:
+        is_named_here = not name
+        if is_named_here:
             name = f"amq.gen-{uuid.uuid4().hex}"
         elif name.startswith("amq.") and name not in self.queues:
             raise Refusal(
@@ -240,8 +248,6 @@ class VirtualHost:
         owner = f"queue '{name}' in vhost '{self.name}'"
         if name in self.queues:
             queue = self.queue(name, connection)
-            arguments.check_same("durable", queue.durable, durable, owner)
-            arguments.check_same("auto_delete", queue.auto_delete, auto_delete, owner)
             if exclusive is not (queue.owner is not None):
                 raise Refusal(
                     RESOURCE_LOCKED,
@@ -249,12 +255,19 @@ class VirtualHost:
                     "declared on another connection or the exclusive property value does not "
                     "match that of the original declaration.",
                 )
+            arguments.check_same("durable", queue.durable, durable, owner)
+            arguments.check_same("auto_delete", queue.auto_delete, auto_delete, owner)
             arguments.check_equivalent(queue.arguments.raw, raw, owner)
             queue.use()
             return queue
         if is_strict:
             arguments.check_strict_queue(durable=durable, exclusive=exclusive)
         wanted = arguments.read_queue_arguments(raw, owner)
+        if is_named_here and wanted.is_quorum:
+            raise Refusal(
+                PRECONDITION_FAILED,
+                "Cannot declare a server-named queue for type rabbit_quorum_queue",
+            )
         arguments.check_quorum(
             wanted, owner, durable=durable, exclusive=exclusive, auto_delete=auto_delete
         )
@@ -282,13 +295,19 @@ class VirtualHost:
             Refusal: It is used, or not empty.
         """
         owner = f"queue '{queue.name}' in vhost '{self.name}'"
+        for flag, is_set in (("if-unused", if_unused), ("if-empty", if_empty)):
+            if is_set and queue.arguments.is_quorum:
+                raise Refusal(
+                    NOT_IMPLEMENTED,
+                    f"cannot delete {owner}. queue.delete operations with {flag} flag set are "
+                    "not supported by quorum queues",
+                )
         if if_unused and len(queue.consumers):
             raise Refusal(PRECONDITION_FAILED, f"{owner} in use")
         if if_empty and queue.count:
             raise Refusal(PRECONDITION_FAILED, f"{owner} not empty")
         number = queue.count
-        queue.close()
-        for entry in queue.kept():
+        for entry in queue.close():
             self._memory(-ENTRY_BYTES - entry.message.size)
         if self._store is not None and queue.id is not None:
             self._store.drop_queue(queue.id)
@@ -338,7 +357,7 @@ class VirtualHost:
         Raises:
             Refusal: There is no such exchange, or it does not take the arguments.
         """
-        exchange = self._bindable(source)
+        exchange = self.exchange(source)
         try:
             if not exchange.bind(destination, key, raw):
                 return
@@ -355,23 +374,14 @@ class VirtualHost:
         key: str,
         raw: Mapping[str, bytes],
     ) -> None:
-        """Unbind a queue or an exchange. It is no error if it was not bound so.
-
-        Raises:
-            Refusal: The source is the default exchange.
-        """
-        exchange = self.exchanges.get(source) if source else self._bindable(source)
+        """Unbind a queue or an exchange. It is no error if it was not bound so."""
+        exchange = self.exchanges.get(source)
         if exchange is None or not exchange.unbind(destination, key, raw):
             return
         self._forget_binding(exchange, destination, key, raw)
         if not exchange.leads_to(destination):
             self._sources[destination].discard(exchange)
         self._delete_if_unused(exchange)
-
-    def _bindable(self, name: str) -> Exchange:
-        if not name:
-            raise Refusal(ACCESS_REFUSED, "operation not permitted on the default exchange")
-        return self.exchange(name)
 
     def _unbind_all(self, destination: Queue | Exchange) -> None:
         for exchange in self._sources.pop(destination, ()):
@@ -421,7 +431,7 @@ class VirtualHost:
         if not message.exchange and message.routing_key.startswith(REPLY_TO + "."):
             caller = self._callers.get(message.routing_key)
             if caller is not None:
-                outcome.is_routed = True
+                # It is not routed all the same: RabbitMQ returns a reply that is mandatory.
                 caller.deliver_reply(message)
             return outcome
         self._offer(message, self._route(message), outcome)
@@ -561,7 +571,12 @@ class VirtualHost:
             entry.queue.id,
             entry.position,
             StoredMessage(
-                message.exchange, message.routing_key, message.encoded, message.body, expires, 0
+                message.exchange,
+                message.routing_key,
+                message.encoded,
+                message.body,
+                expires,
+                entry.deliveries,
             ),
         )
 
@@ -585,6 +600,16 @@ class VirtualHost:
             and entry.message.is_persistent
             and not entry.queue.is_deleted
         )
+
+
+def check_not_default(exchange: str) -> None:
+    """Refuse to change the default exchange, or to look whether it is there.
+
+    Raises:
+        Refusal: It is that one.
+    """
+    if not exchange:
+        raise Refusal(ACCESS_REFUSED, "operation not permitted on the default exchange")
 
 
 def _receiver(consumer: Consumer) -> Receiver:

@@ -55,12 +55,20 @@ def test_a_dead_letter_says_where_and_why_it_died() -> None:
 
 
 def test_a_second_death_at_the_same_place_is_counted() -> None:
-    """The last death is the first of the list."""
+    """The last death is the first of the list; RabbitMQ turns the others round each time."""
     letter = message()
     for queue in ("a", "b", "a"):
         letter = dead_letter(letter, queue, "expired", "dlx", None)
     assert [("a", 2), ("b", 1)] == [(each["queue"], each["count"]) for each in deaths_of(letter)]
     assert "a" == (properties_of(letter).headers or {})["x-first-death-queue"]
+
+
+def test_the_deaths_before_the_last_are_turned_round_each_time() -> None:
+    """This is how RabbitMQ 3.10 writes them."""
+    letter = message()
+    for queue in ("a", "b", "c", "d"):
+        letter = dead_letter(letter, queue, "expired", "dlx", None)
+    assert ["d", "b", "a", "c"] == [each["queue"] for each in deaths_of(letter)]
 
 
 def test_another_reason_is_another_death() -> None:
@@ -96,7 +104,6 @@ def test_the_routing_key_of_the_queue_replaces_all_others() -> None:
         ([("q", "expired"), ("other", "maxlen")], True),
         ([("q", "rejected")], False),
         ([("q", "expired"), ("other", "rejected")], False),
-        ([("other", "rejected"), ("q", "expired"), ("another", "expired")], True),
         ([("other", "expired")], False),
         ([], False),
     ],

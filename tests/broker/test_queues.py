@@ -164,13 +164,25 @@ def test_a_classic_queue_takes_messages_back_to_their_places() -> None:
 
 
 def test_a_quorum_queue_delivers_first_what_was_given_back_first() -> None:
-    """All that was given back is ahead of what was never delivered."""
-    queue = queue_of(Host(), queue_type="quorum")
+    """With a delivery limit, all that was given back is ahead of what was never delivered."""
+    queue = queue_of(Host(), queue_type="quorum", delivery_limit=10)
     fill(queue, *range(4))
     entries = take(queue, 3)
     queue.requeue([entries[2]])
     queue.requeue([entries[0], entries[1]])
     assert ["2", "0", "1", "3"] == waiting(queue)
+
+
+def test_a_quorum_queue_without_limit_puts_back_behind_all_others() -> None:
+    """But what a consumer lost is ahead, as nobody wanted to wait with it."""
+    host = Host()
+    queue = queue_of(host, queue_type="quorum")
+    fill(queue, *range(4))
+    entries = take(queue, 2)
+    queue.requeue([entries[0]])
+    queue.requeue([entries[1]], is_lost=True)
+    assert ["1", "2", "3", "0"] == waiting(queue)
+    assert {1: b"1", 2: b"2", 3: b"3", 4: b"0"} == host.kept
 
 
 @given(st.lists(st.sampled_from("pgrRa"), max_size=60), st.randoms())
