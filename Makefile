@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help venv install lint types test check docs bench clean
+.PHONY: help demo venv install lint types test check docs bench clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(VENV)/.demo ## show what postage does, on a broker that it brings along
+	@$(BIN)/python demos/application/tour.py
 
 venv: $(VENV)/.made ## make the virtual environment (PYTHON=python3.12, VENV=.venv)
 
@@ -44,6 +47,12 @@ $(VENV)/.made:
 
 $(VENV)/.installed: $(VENV)/.made setup.py setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made setup.py setup.cfg pyproject.toml
+	@echo "Installing postage in $(VENV), and nothing elsewhere."
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable .
+	@echo
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

@@ -15,11 +15,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Seconds to read the rest of what a program wrote that has ended. A process that it started in
 #: another session may keep the pipes open for ever.
 READERS_DEADLINE_SECONDS = 10.0
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Tell whether a process is there that has not ended."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Program:

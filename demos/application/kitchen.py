@@ -23,12 +23,19 @@ class KitchenProducer(messaging.GenericProducer):
 
 
 class Cook(GenericApplication):
+    seasoning = SEASONING
+
+    @messaging.MessageHandler("command", "season")
+    def msg_season(self, content):
+        self.seasoning = content["parameters"]
+        print("seasoning with", self.seasoning)
+
     @messaging.RpcHandler("command", "cook")
     def rpc_cook(self, content, reply_func):
         dish = content["parameters"]
         print("cooking", dish)
         yield microthreads.sleep(COOKING_TIME)  # meanwhile other orders are taken
-        reply_func(f"{dish} with {SEASONING}")
+        reply_func(f"{dish} with {self.seasoning}")
 
 
 class Waiter(GenericApplication):

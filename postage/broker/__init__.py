@@ -96,8 +96,10 @@ class Broker:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_server", None) is not None:
+        server: Server | None = getattr(self, "_server", None)
+        if server is not None and server.is_alive:  # not in a forked child
             warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2)
+            server.stop_soon()
 
     def start(self) -> None:
         """Begin to serve. After `close` it starts on the same port again.
@@ -114,7 +116,11 @@ class Broker:
         self._port = server.port
 
     def close(self) -> None:
-        """Close all connections in good order, write what is to be kept, and stop."""
+        """Close all connections in good order, write what is to be kept, and stop.
+
+        Raises:
+            StoreError: Something could not be written, and is lost.
+        """
         server, self._server = self._server, None
         if server is not None:
             server.stop()

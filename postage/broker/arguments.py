@@ -20,6 +20,7 @@ TYPE_NAMES = {
     b"B": "unsignedbyte",
     b"s": "short",
     b"u": "unsignedshort",
+    b"U": "short",  # RabbitMQ has no such type: it drops the connection
     b"I": "signedint",
     b"i": "unsignedint",
     b"l": "long",
@@ -111,10 +112,9 @@ def _priority(field: bytes) -> int:
 
 
 def _string(field: bytes) -> str:
-    value = fields.decode(field) if field[:1] == b"S" else None
-    if not isinstance(value, str):
+    if field[:1] != b"S":
         raise _Invalid(f"{{unacceptable_type,{TYPE_NAMES[field[:1]]}}}")
-    return value
+    return field[5:].decode("utf-8", "surrogateescape")
 
 
 def _one_of(*allowed: str, otherwise: str) -> Callable[[bytes], str]:
@@ -134,7 +134,7 @@ def _flag(field: bytes) -> bool:
 
 
 def _version(field: bytes) -> int:
-    value = _integer(field)
+    value = _number(field)
     if value not in (1, 2):
         raise _Invalid(f"\"unsupported queue version '{value}'\"")
     return value
@@ -209,6 +209,14 @@ def read_queue_arguments(raw: Mapping[str, bytes], owner: str) -> QueueArguments
     Raises:
         Refusal: RabbitMQ would refuse one.
     """
+    kind = _read("x-queue-type", raw.get("x-queue-type", _CLASSIC), owner)
+    is_quorum = kind == "quorum"
+    for name in raw:
+        if name in (_NOT_QUORUM if is_quorum else _NOT_CLASSIC):
+            raise Refusal(
+                PRECONDITION_FAILED,
+                f"invalid arg '{name}' for {owner} of queue type rabbit_{kind}_queue",
+            )
     values = {name: _read(name, raw[name], owner) for name in _QUEUE if name in raw}
     if "x-dead-letter-routing-key" in raw and "x-dead-letter-exchange" not in raw:
         raise Refusal(
@@ -216,14 +224,6 @@ def read_queue_arguments(raw: Mapping[str, bytes], owner: str) -> QueueArguments
             f"invalid arg 'x-dead-letter-routing-key' for {owner}: "
             "routing_key_but_no_dlx_defined",
         )
-    is_quorum = values.get("x-queue-type") == "quorum"
-    for name in raw:
-        if name in (_NOT_QUORUM if is_quorum else _NOT_CLASSIC):
-            kind = "quorum" if is_quorum else "classic"
-            raise Refusal(
-                PRECONDITION_FAILED,
-                f"invalid arg '{name}' for {owner} of queue type rabbit_{kind}_queue",
-            )
     return QueueArguments(
         raw,
         is_quorum=is_quorum,

@@ -27,7 +27,7 @@ from postage.broker.errors import (
     Refusal,
 )
 from postage.broker.messages import Message, join_properties
-from postage.broker.queues import Entry, Queue
+from postage.broker.queues import ENTRY_BYTES, Entry, Queue
 from postage.broker.vhost import REPLY_TO, Outcome, VirtualHost
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: The largest body in bytes, as in RabbitMQ 3.10 (max_message_size).
 MAX_MESSAGE_SIZE = 134_217_728
-#: Bytes of messages of which the end has not come, in all channels of a connection. No alarm can
-#: limit these: who is not read any more cannot finish them.
+#: Bytes of messages of which the end has not come, or that are not committed, in all channels of
+#: a connection. No alarm can limit these: who is not read any more cannot finish them.
 MAX_UNFINISHED_SIZE = 2 * MAX_MESSAGE_SIZE
 
 
@@ -154,7 +154,7 @@ class Channel:
 
         Raises:
             Refusal: None was due, it is more than was announced, or the connection has begun too
-                much and finished nothing.
+                much and not finished it.
         """
         content = self._content
         if content is None or content.size < 0:
@@ -163,15 +163,19 @@ class Channel:
             self._publish(content, payload)
             return
         content.body += payload
-        self.connection.unfinished += len(payload)
+        self._hold(len(payload))
         if len(content.body) > content.size:
             raise unexpected("method", "content body")
         if len(content.body) == content.size:
             self._publish(content, bytes(content.body))
-        elif self.connection.unfinished > MAX_UNFINISHED_SIZE:
+
+    def _hold(self, size: int) -> None:
+        self.connection.unfinished += size
+        if self.connection.unfinished > MAX_UNFINISHED_SIZE:
             raise Refusal(
                 RESOURCE_ERROR,
-                f"more than {MAX_UNFINISHED_SIZE} octets of messages that were not finished",
+                f"more than {MAX_UNFINISHED_SIZE} octets of messages that were not finished, or "
+                "not committed",
             )
 
     def _forget_content(self) -> None:
@@ -201,6 +205,8 @@ class Channel:
         self._translate_reply_to(message)
         if self.transaction is not None:
             self.transaction.messages.append((message, method.mandatory))
+            self.transaction.size += ENTRY_BYTES + message.size
+            self._hold(ENTRY_BYTES + message.size)
         else:
             self.publish(message, method.mandatory)
 
@@ -564,6 +570,7 @@ class Channel:
         for consumer, queue in consumers:
             queue.remove_consumer(consumer)
         if self.transaction is not None:
+            self.connection.unfinished -= self.transaction.size
             for each, _ in self.transaction.settlements:
                 self.take_back(each)
         settled = list(self.unsettled.values())

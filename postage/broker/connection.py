@@ -86,7 +86,7 @@ class Connection:
     Attributes:
         phase: how far it is.
         is_blocked: it has published during an alarm, and is not heard until that ends.
-        unfinished: bytes of messages of which the end has not come.
+        unfinished: bytes of messages of which the end has not come, or that are not committed.
     """
 
     def __init__(self, node: Node, peer: str) -> None:
@@ -419,6 +419,7 @@ class Connection:
             self.excuse()
         if self.node.clock.now() - self._last_received > 2 * self._heartbeat:
             logger.warning("%s: missed heartbeats, timeout: %gs", self.peer, self._heartbeat)
+            self._release()
             self._finish()
             return
         if not self._outgoing and not self._unwritten:

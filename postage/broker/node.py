@@ -264,7 +264,7 @@ class Node:
         for connection in tuple(self.connections):
             connection.check_timeouts(self._consumer_timeout)
         self.clock.call_later(
-            min(LOOK_SECONDS, self._consumer_timeout / 2), self._look_for_timeouts
+            min(LOOK_SECONDS, max(0.01, self._consumer_timeout / 2)), self._look_for_timeouts
         )
 
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -23,6 +26,8 @@ Result = TypeVar("Result")
 BACKLOG = 1024
 #: Seconds that clients get to answer when the broker stops.
 STOP_SECONDS = 2.0
+#: Seconds between two looks whether the thread that shall answer a call is still there.
+LOOK_SECONDS = 1.0
 
 
 class _Peer(asyncio.Protocol):
@@ -32,7 +37,7 @@ class _Peer(asyncio.Protocol):
         self._server = server
         self._transport: asyncio.Transport | None = None
         self._is_reading = True
-        self._is_ending = False
+        self._ending: asyncio.TimerHandle | None = None
         self.connection: Connection | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,6 +64,10 @@ class _Peer(asyncio.Protocol):
             self.update()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+        if self._transport is not None:
+            _shut(self._transport.get_extra_info("socket"))
         if self.connection is not None:
             self._server.peers.pop(self.connection, None)
             self.connection.lost()
@@ -79,11 +88,10 @@ class _Peer(asyncio.Protocol):
             return
         self._transport.write(b"".join(self.connection.take_output()))
         self.connection.wrote(self._transport.get_write_buffer_size())
-        if self.connection.is_finished and not self._is_ending:
-            self._is_ending = True
-            self._transport.close()
+        if self.connection.is_finished and self._ending is None:
             # A client that does not read what is left would keep it open for ever.
-            self._server.loop.call_later(CLOSE_SECONDS, self._transport.abort)
+            self._ending = self._server.loop.call_later(CLOSE_SECONDS, self._transport.abort)
+            self._transport.close()
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -115,7 +123,8 @@ class Server:
         self.port = port
         self.is_refusing = False
         self.peers: dict[Connection, _Peer] = {}
-        self._make_node = make_node
+        self._make_node: Callable[[Post], Node] | None = make_node
+        self._error: BrokerError | None = None
         self._listener: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_flush_due = False
@@ -128,7 +137,11 @@ class Server:
             BrokerError: The address cannot be used.
         """
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="postage-broker")
+        # A daemon: a program that forgets to stop it must end all the same. What is then not
+        # on the disk was not confirmed.
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="postage-broker", daemon=True
+        )
         self._thread.start()
         try:
             started.result()
@@ -138,12 +151,35 @@ class Server:
             raise
 
     def stop(self) -> None:
-        """Close all connections in good order, and end the thread."""
-        if self._thread is None:
+        """Close all connections in good order, and end the thread.
+
+        In a forked child, which has no such thread, it does nothing.
+
+        Raises:
+            StoreError: Something could not be written, and is lost.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
             return
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self._thread = None
+        self._end(thread)
+        thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def stop_soon(self) -> None:
+        """Have the thread end, and do not wait for it."""
+        if self._thread is not None:
+            self._end(self._thread)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs, in this process."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _end(self, thread: threading.Thread) -> None:
+        if thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # it ends at this moment
+                self.loop.call_soon_threadsafe(self.loop.stop)
 
     def call(self, function: Callable[[Server], Result]) -> Result:
         """Run a function in the server's thread, and return what it returns.
@@ -151,8 +187,9 @@ class Server:
         Raises:
             BrokerError: The server does not run.
         """
-        if self._thread is None:
-            raise BrokerError("the broker does not run; call start() first")
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            raise BrokerError("the broker does not run in this process; call start() first")
         done: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
         def run() -> None:
@@ -165,18 +202,26 @@ class Server:
             self.flush()
             self.update()
 
-        self.loop.call_soon_threadsafe(run)
+        with contextlib.suppress(RuntimeError):  # the loop was closed a moment ago
+            self.loop.call_soon_threadsafe(run)
+        while not concurrent.futures.wait([done], LOOK_SECONDS).done:
+            if not thread.is_alive() and not done.done():
+                raise BrokerError("the broker was stopped before it did what was asked")
         return done.result()
 
     # In the thread
 
     def _run(self, started: concurrent.futures.Future[None]) -> None:
         self.loop = loop = asyncio.new_event_loop()
+        # Not kept: what belongs to the broker's owner must not live as long as this thread.
+        make_node, self._make_node = self._make_node, None
+        assert make_node is not None
         try:
             try:
-                self.node = self._make_node(self._post)
+                self.node = make_node(self._post)
+                del make_node
                 loop.run_until_complete(self._listen())
-            except OSError as error:
+            except (OSError, OverflowError) as error:  # the latter: a port beyond 65535
                 started.set_exception(self._unusable(error))
                 return
             except BaseException as error:
@@ -188,7 +233,10 @@ class Server:
             loop.run_until_complete(self._shut_down())
         finally:
             if hasattr(self, "node"):
-                self.node.close()
+                try:
+                    self.node.close()
+                except BrokerError as error:
+                    self._error = error
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
@@ -198,14 +246,22 @@ class Server:
         )
         self.port = self._listener.sockets[0].getsockname()[1]
 
-    def _unusable(self, error: OSError) -> BrokerError:
+    def _unusable(self, error: OSError | OverflowError) -> BrokerError:
+        number = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or error
+        if number is not None and number > 0:  # asyncio's own text says the address again
+            reason = os.strerror(number)
+        remedy = "choose an address of this machine"
+        if number in (errno.EADDRINUSE, errno.EACCES, None):
+            remedy = "stop what is there, or choose another port"
         return BrokerError(
-            f"the broker cannot listen on {self.host}:{self.port} ({error.strerror or error}); "
-            "stop what is there, or choose another port"
+            f"the broker cannot listen on {self.host}:{self.port} ({reason}); {remedy}"
         )
 
     async def _shut_down(self) -> None:
         assert self._listener is not None
+        for listening in self._listener.sockets:
+            _shut(listening)
         self._listener.close()
         self.node.is_stalled = False
         for connection in self.node.connections_of():
@@ -281,3 +337,7 @@ class Server:
             self.loop.call_soon(self.flush)
 
 
+def _shut(shared: socket.socket) -> None:
+    """Shut a socket down that is closed next: forked children of the process have it, too."""
+    with contextlib.suppress(OSError):  # it is not connected any more
+        shared.shutdown(socket.SHUT_RDWR)

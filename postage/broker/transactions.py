@@ -18,10 +18,12 @@ class Transaction:
 
     Attributes:
         messages: the published ones, and whether they are mandatory.
+        size: how many bytes these need.
         settlements: the deliveries, and what is to become of them.
     """
 
     messages: list[tuple[Message, bool]] = field(default_factory=list)
+    size: int = 0
     settlements: list[tuple[list[Unsettled], Settlement]] = field(default_factory=list)
 
 
@@ -57,6 +59,7 @@ def _end(channel: Channel) -> Transaction:
     if ended is None:
         raise Refusal(PRECONDITION_FAILED, "channel is not transactional")
     channel.transaction = Transaction()
+    channel.connection.unfinished -= ended.size
     return ended
 
 

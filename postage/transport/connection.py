@@ -18,10 +18,11 @@ import enum
 import logging
 import os
 import random
+import re
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import pika
@@ -30,6 +31,7 @@ from pika.adapters.utils import connection_workflow
 from pika.channel import Channel
 
 from postage.errors import (
+    ACCESS_REFUSED,
     ClosedError,
     ConfigurationError,
     ConnectionFailedError,
@@ -63,6 +65,13 @@ CHANNEL_PAUSE = 0.05
 #: The oldest broker that declares what postage declares: quorum queues with a message
 #: TTL and at-least-once dead lettering came with RabbitMQ 3.10.
 OLDEST_RABBITMQ = (3, 10)
+#: How RabbitMQ answers a login to a virtual host that is not there, or not for this user.
+NOT_ALLOWED = 530
+
+#: What pika makes of a connection that ends in the middle of the login, whatever the reason.
+_GUESSES = (pika_errors.ProbableAuthenticationError, pika_errors.ProbableAccessDeniedError)
+#: The real reason in the text of such an error, if it was the broker.
+_CLOSED_BY_BROKER = re.compile(r"ConnectionClosedByBroker: \((\d+)\) (['\"])(.*)\2", re.DOTALL)
 
 
 class State(enum.Enum):
@@ -592,15 +601,36 @@ def _root(error: BaseException) -> BaseException:
         error = inner
 
 
+def _answer(root: BaseException) -> tuple[int, str]:
+    """Return what the broker itself said when it ended an attempt, or 0 and nothing.
+
+    When a connection ends in the middle of the login, pika guesses the reason from how far
+    it was, and keeps of the real one only the text.
+    """
+    if isinstance(root, pika_errors.ConnectionClosedByBroker):
+        return root.reply_code, root.reply_text
+    if isinstance(root, _GUESSES) and root.args:
+        match = _CLOSED_BY_BROKER.search(str(root.args[0]))
+        if match:
+            return int(match[1]), match[3]
+    return 0, ""
+
+
 def _words(error: BaseException) -> str:
     """Say for people why an attempt failed."""
     root = _root(error)
-    if isinstance(root, pika_errors.ConnectionClosedByBroker):
-        return f"the broker answered {root.reply_code} {root.reply_text}"
-    if isinstance(root, pika_errors.ProbableAuthenticationError):
+    code, text = _answer(root)
+    if code == ACCESS_REFUSED:
         return "the broker refused the login; check user and password"
-    if isinstance(root, pika_errors.ProbableAccessDeniedError):
-        return "the broker refused the virtual host; check its name and the user's permissions"
+    if code == NOT_ALLOWED:
+        return (
+            f"the broker refused the virtual host ({text}); check its name and the user's "
+            "permissions"
+        )
+    if code:
+        return f"the broker answered {code} {text}"
+    if isinstance(root, _GUESSES):
+        return "the connection ended in the middle of the login"
     if isinstance(
         root,
         # The second is what pika says when it gives up in the middle of the login.
@@ -608,22 +638,21 @@ def _words(error: BaseException) -> str:
     ):
         return "it did not answer in time"
     if isinstance(root, ConnectionRefusedError):
-        return "nothing listens there; start RabbitMQ, or say in POSTAGE_URL where it is"
+        return (
+            "nothing listens there; start RabbitMQ or `postage broker`, or say in POSTAGE_URL "
+            "where a broker is"
+        )
     return str(root) or type(root).__name__
 
 
 def _is_final(error: BaseException) -> bool:
     """Tell whether a failed attempt would fail again: the broker is there and says no."""
     root = _root(error)
-    if isinstance(root, pika_errors.ConnectionClosedByBroker):
-        return root.reply_code in (403, 530)  # ACCESS_REFUSED, NOT_ALLOWED (no such vhost)
-    return isinstance(
-        root,
-        (
-            ConnectionFailedError,  # ours: it is too old
-            pika_errors.ProbableAuthenticationError,
-            pika_errors.ProbableAccessDeniedError,
-        ),
+    code, text = _answer(root)
+    return (
+        isinstance(root, ConnectionFailedError)  # ours: it is too old
+        or code == ACCESS_REFUSED
+        or (code == NOT_ALLOWED and "limit" not in text)  # a limit may be raised
     )
 
 
@@ -666,17 +695,28 @@ def release(connection: Connection, grace: float = CLOSE_GRACE) -> bool:
     return clean
 
 
-def close_all(grace: float = CLOSE_GRACE) -> bool:
+def in_use() -> tuple[Connection, ...]:
+    """Return every connection of this process that somebody uses."""
+    with _registry_lock:
+        return tuple(_registry.values())
+
+
+def close_all(grace: float = CLOSE_GRACE, spare: Collection[Connection] = ()) -> bool:
     """Close every connection of this process, whoever uses it.
+
+    Args:
+        grace: Seconds that the broker has to agree, for each of them.
+        spare: Connections that stay.
 
     Returns:
         Whether the broker agreed to each of them.
     """
     with _registry_lock:
-        connections = list(_registry.values())
-        _registry.clear()
+        closing = {key: each for key, each in _registry.items() if each not in spare}
+        for key in closing:
+            del _registry[key]
     clean = True
-    for connection in connections:
+    for connection in closing.values():
         clean = connection.close(grace) and clean
         hubs.release(connection.hub)
     return clean

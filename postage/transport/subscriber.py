@@ -40,7 +40,7 @@ from postage.errors import (
     TransportError,
 )
 from postage.topology import Binding, ExchangeSpec, QueueSpec, error_queue
-from postage.transport.connection import Connection, backoff, is_adopted
+from postage.transport.connection import Connection, State, backoff, is_adopted
 from postage.transport.conversation import (
     Script,
     attempting,
@@ -369,7 +369,7 @@ class Subscriber:
             Whether the broker took all of it, since `stop()` at least: its close-ok comes
             after the acks that were written before on the same channel.
         """
-        if self._closed:  # the hub may be gone by now
+        if self._closed or self.connection.state is State.CLOSED:  # the hub may be gone by now
             return False
         agreed: list[bool] = []
         self.hub.wait(lambda: bool(agreed), grace, first=partial(self._close, agreed))

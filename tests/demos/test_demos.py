@@ -22,8 +22,6 @@ import pytest
 from tests.programs import ROOT, Program
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.rabbitmq
-
 DEMOS = ROOT / "demos"
 
 #: The host on which the READMEs were written.
@@ -231,6 +229,18 @@ def test_the_tour_prints_what_its_readme_shows_each_time(broker_url: str) -> Non
             assert [] == tour.stderr
             assert_shown(expected, tour.stdout)
             assert_shared_out(tour.stdout)
+
+
+def test_the_tour_brings_its_own_broker_if_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without POSTAGE_URL the tour says so, and then prints the same on a broker of its own."""
+    monkeypatch.delenv("POSTAGE_URL", raising=False)
+    [expected] = shown("application", "tour.py")
+    first, blank, *lines = succeed(run("application", "tour.py"))
+    assert re.fullmatch(
+        r"POSTAGE_URL is not set: the tour brings its own broker, on port \d+\.", first
+    )
+    assert "" == blank
+    assert_shown(expected, lines)
 
 
 def assert_shared_out(lines: Sequence[str]) -> None:

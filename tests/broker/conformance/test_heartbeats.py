@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import aio_pika
-import amqpstorm
 import kombu
 import pika
 import pytest
+
+if sys.version_info >= (3, 11):  # see conftest.py
+    import aio_pika
+    import amqpstorm
 
 #: Seconds between the heartbeats that the clients ask for.
 HEARTBEAT_SECONDS = 1
@@ -73,11 +76,13 @@ def idle_in_amqpstorm(url: str) -> str:
 
 def test_idle_connections_with_a_small_heartbeat_live(url: str) -> None:
     """Heartbeats go both ways, and none comes where a client cannot expect it."""
-    clients = [idle_in_pika, idle_in_kombu, idle_in_aio_pika, idle_in_amqpstorm]
+    clients = {"pika": idle_in_pika, "kombu": idle_in_kombu}
+    if sys.version_info >= (3, 11):
+        clients |= {"aio-pika": idle_in_aio_pika, "amqpstorm": idle_in_amqpstorm}
     with ThreadPoolExecutor(len(clients)) as pool:
-        idling = [pool.submit(client, url) for client in clients]
+        idling = [pool.submit(client, url) for client in clients.values()]
         names = [each.result() for each in idling]
-    assert ["pika", "kombu", "aio-pika", "amqpstorm"] == names
+    assert list(clients) == names
 
 
 def test_the_broker_leaves_a_client_that_sends_no_heartbeats(url: str) -> None:

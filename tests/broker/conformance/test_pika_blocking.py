@@ -860,8 +860,11 @@ def test_a_connection_may_be_refused(
 
 def test_an_unknown_exchange_type_ends_the_connection(url: str) -> None:
     """503, and not an error of the channel."""
-    with connection_closed(503, "invalid exchange type 'round'"), connected(url) as connection:
-        connection.channel().exchange_declare("e", "round")
+    with (
+        connection_closed(503, "unknown exchange type 'postage-round'"),
+        connected(url) as connection,
+    ):
+        connection.channel().exchange_declare("e", "postage-round")
 
 
 def test_the_broker_closes_a_connection(url: str, server: Server) -> None:
