@@ -11,30 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from postage.broker import fields
+from postage.broker.erlang import TYPE_NAMES
 from postage.broker.errors import INTERNAL_ERROR, PRECONDITION_FAILED, Refusal
 
-#: RabbitMQ's names for the types of a field table.
-TYPE_NAMES = {
-    b"t": "bool",
-    b"b": "byte",
-    b"B": "unsignedbyte",
-    b"s": "short",
-    b"u": "unsignedshort",
-    b"U": "short",  # RabbitMQ has no such type: it drops the connection
-    b"I": "signedint",
-    b"i": "unsignedint",
-    b"l": "long",
-    b"L": "long",
-    b"f": "float",
-    b"d": "double",
-    b"D": "decimal",
-    b"S": "longstr",
-    b"x": "binary",
-    b"A": "array",
-    b"T": "timestamp",
-    b"F": "table",
-    b"V": "void",
-}
 _INTEGERS = frozenset({b"b", b"B", b"s", b"u", b"I", b"i", b"l", b"L"})
 #: Milliseconds that RabbitMQ lets anything wait at most: ten years.
 MAX_MS = 315_360_000_000

@@ -124,9 +124,11 @@ class Channel:
         self.connection.send(frames.method(self.number, method))
 
     @property
-    def is_receiving(self) -> bool:
-        """Whether the rest of a message is due, and no method may come."""
-        return self._content is not None
+    def due(self) -> str:
+        """The kind of frame that has to come next."""
+        if self._content is None:
+            return "method"
+        return "content header" if self._content.size < 0 else "content body"
 
     def content_header(self, payload: bytes) -> None:
         """Take the header of a message.
@@ -135,11 +137,14 @@ class Channel:
             Refusal: None was due, or it announces too much.
         """
         content = self._content
-        if content is None or content.size >= 0:
-            raise unexpected("method" if content is None else "content body", "content header")
+        if content is None or self.due != "content header":
+            raise unexpected(self.due)
         class_id, content.size, content.encoded = frames.decode_content_header(payload)
         if class_id != spec.Basic.INDEX:
-            raise unexpected("content header for class 60", f"one for class {class_id}")
+            raise Refusal(
+                UNEXPECTED_FRAME,
+                f"expected content header for class 60, got one for class {class_id} instead",
+            )
         if content.size > MAX_MESSAGE_SIZE:
             raise Refusal(
                 PRECONDITION_FAILED,
@@ -157,15 +162,15 @@ class Channel:
                 much and not finished it.
         """
         content = self._content
-        if content is None or content.size < 0:
-            raise unexpected("method" if content is None else "content header", "content body")
+        if content is None or self.due != "content body":
+            raise unexpected(self.due)
         if not content.body and len(payload) == content.size:
             self._publish(content, payload)
             return
         content.body += payload
         self._hold(len(payload))
         if len(content.body) > content.size:
-            raise unexpected("method", "content body")
+            raise unexpected("content body")
         if len(content.body) == content.size:
             self._publish(content, bytes(content.body))
 
@@ -618,9 +623,14 @@ def _encoded(entry: Entry, is_got: bool = False) -> bytes:
     return entry.message.encoded
 
 
-def unexpected(expected: str, got: str) -> Refusal:
-    """Return the refusal of a frame in the wrong place."""
-    return Refusal(UNEXPECTED_FRAME, f"expected {expected}, got {got} instead")
+def unexpected(due: str) -> Refusal:
+    """Return the refusal of a frame in the place of one that is due."""
+    words = {
+        "method": "method frame, got non method",
+        "content header": "content header for class 60, got non content header",
+        "content body": "content body, got non content body",
+    }
+    return Refusal(UNEXPECTED_FRAME, f"expected {words[due]} frame instead")
 
 
 Handler = Callable[[Channel, Any, bytes], None]

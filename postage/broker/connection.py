@@ -256,23 +256,20 @@ class Connection:
             else:
                 self._handle_channel(frame, method)
         except Refusal as refusal:
-            self._refuse(refusal, frame.channel, method)
+            self._refuse(refusal, frame)
         except Exception as error:
             logger.exception("the broker failed on a frame of %s", self.peer)
-            self._refuse(Refusal(INTERNAL_ERROR, repr(error)), frame.channel, method)
+            self._refuse(Refusal(INTERNAL_ERROR, repr(error)), frame)
         if self.vhost is not None:
             self.vhost.publish_dead_letters()
 
-    def _refuse(
-        self, refusal: Refusal, number: int, method: amqp_object.Method | None
-    ) -> None:
-        channel = self.channels.get(number)
-        if method is None and channel is not None:
-            method = spec.Basic.Publish()  # of which the rest was read
+    def _refuse(self, refusal: Refusal, frame: frames.Frame) -> None:
+        channel = self.channels.get(frame.channel)
+        cause = frames.kind_of(frame)
         if refusal.closes_connection or channel is None:
-            self.close(refusal, method)
+            self.close(refusal, cause)
         else:
-            self.close_channel(channel, refusal, method)
+            self.close_channel(channel, refusal, cause)
 
     def _handle_own(self, frame: frames.Frame, method: amqp_object.Method | None) -> None:
         if method is None:
@@ -306,6 +303,8 @@ class Connection:
             self._wait_for_close(channel, method)
         elif method is not None:
             self._handle_method(channel, method, frame.payload)
+        elif channel.due == "method":
+            self.close(unexpected("method"))
         elif frame.type == frames.HEADER:
             channel.content_header(frame.payload)
             self._block_publisher()
@@ -314,8 +313,8 @@ class Connection:
             self._block_publisher()
 
     def _handle_method(self, channel: Channel, method: amqp_object.Method, payload: bytes) -> None:
-        if channel.is_receiving:
-            raise unexpected("content header or body", method.NAME)
+        if channel.due != "method":
+            raise unexpected(channel.due)
         if isinstance(method, spec.Channel.Close):
             channel.send_confirms()
             channel.close()
@@ -335,15 +334,16 @@ class Connection:
         self, frame: frames.Frame, method: amqp_object.Method | None, vhost: VirtualHost
     ) -> None:
         if method is None:
-            raise unexpected("method frame", "non method frame")
+            raise unexpected("method")
         if not isinstance(method, spec.Channel.Open):
             raise Refusal(CHANNEL_ERROR, "expected 'channel.open'")
         if len(self.channels) >= self._channel_max:  # RabbitMQ, too, takes any number for one
-            raise Refusal(
-                NOT_ALLOWED,
+            text = (
                 f"number of channels opened ({len(self.channels)}) has reached the negotiated "
-                f"channel_max ({self._channel_max})",
+                f"channel_max ({self._channel_max})"
             )
+            self.close(Refusal(NOT_ALLOWED, text))
+            return
         channel = self.channels[frame.channel] = Channel(self, frame.channel, vhost)
         channel.send(spec.Channel.OpenOk())
 
@@ -363,7 +363,8 @@ class Connection:
             response = response.encode("utf-8", "surrogateescape")
         reader = _MECHANISMS.get(method.mechanism)
         if reader is None:
-            raise Refusal(COMMAND_INVALID, f"unknown login mechanism '{method.mechanism}'")
+            self._hang_up(f"unknown login mechanism '{method.mechanism}'")
+            return
         user, password = reader(response)
         wanted = self.node.users.get(user)
         given = password.encode("utf-8", "surrogateescape")
@@ -385,8 +386,11 @@ class Connection:
         self._send(spec.Connection.Tune(CHANNEL_MAX, FRAME_MAX, HEARTBEAT_SECONDS))
 
     def _tune(self, method: spec.Connection.TuneOk) -> None:
-        _check_tuning("frame_max", method.frame_max, FRAME_MIN, FRAME_MAX)
-        _check_tuning("channel_max", method.channel_max, 1, CHANNEL_MAX)
+        trouble = _out_of_range("frame_max", method.frame_max, FRAME_MIN, FRAME_MAX)
+        trouble = trouble or _out_of_range("channel_max", method.channel_max, 1, CHANNEL_MAX)
+        if trouble is not None:
+            self._hang_up(trouble)
+            return
         self._frame_max = method.frame_max
         self._channel_max = method.channel_max
         self._heartbeat = float(method.heartbeat)
@@ -408,7 +412,11 @@ class Connection:
         self._send(spec.Connection.UpdateSecretOk())
 
     def _give_up(self) -> None:
-        logger.warning("%s: %s for too long", self.peer, self.phase.value)
+        self._hang_up(f"{self.phase.value} for too long")
+
+    def _hang_up(self, reason: str) -> None:
+        """End the connection without a word to the client, as RabbitMQ does in a handshake."""
+        logger.warning("%s: %s", self.peer, reason)
         self._finish()
 
     # Heartbeats
@@ -450,7 +458,7 @@ class Connection:
 
     # The end
 
-    def close(self, refusal: Refusal, method: amqp_object.Method | None = None) -> None:
+    def close(self, refusal: Refusal, cause: frames.Kind | None = None) -> None:
         """Close the connection for a reason that the client is told."""
         if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return
@@ -459,21 +467,21 @@ class Connection:
             self._finish()
             return
         self._release()
-        class_id, method_id = _index_of(method)
+        class_id, method_id = _index_of(cause)
         self._send(spec.Connection.Close(refusal.code, _cut(refusal), class_id, method_id))
         self.phase = Phase.CLOSING
         self._timer.cancel()
         self._timer = self.node.clock.call_later(CLOSE_SECONDS, self._finish)
 
     def close_channel(
-        self, channel: Channel, refusal: Refusal, method: amqp_object.Method | None = None
+        self, channel: Channel, refusal: Refusal, cause: frames.Kind | None = None
     ) -> None:
         """Close a channel for a reason that the client is told."""
         logger.info("%s: closing channel %d: %s", self.peer, channel.number, refusal)
         channel.send_confirms()
         channel.close()
         channel.is_closing = True
-        class_id, method_id = _index_of(method)
+        class_id, method_id = _index_of(cause)
         channel.send(spec.Channel.Close(refusal.code, _cut(refusal), class_id, method_id))
 
     def force_close(self, code: int = CONNECTION_FORCED, text: str = "broker forced it") -> None:
@@ -524,24 +532,24 @@ def _read_amqplain(response: bytes) -> tuple[str, str]:
     return str(user), str(password)
 
 
-def _check_tuning(name: str, value: int, lowest: int, highest: int) -> None:
+def _out_of_range(name: str, value: int, lowest: int, highest: int) -> str | None:
+    """Say what is wrong with an answer to connection.tune, None if nothing is."""
     unit = " octets" if name == "frame_max" else ""
     if 0 < value < lowest:
-        raise Refusal(
-            NOT_ALLOWED,
+        return (
             f"negotiated {name} = {value}{unit} is lower than the minimum allowed value "
-            f"({lowest}{unit})",
+            f"({lowest}{unit})"
         )
     if value == 0 or value > highest:
-        raise Refusal(
-            NOT_ALLOWED,
+        return (
             f"negotiated {name} = {value}{unit} is higher than the maximum allowed value "
-            f"({highest}{unit})",
+            f"({highest}{unit})"
         )
+    return None
 
 
-def _index_of(method: amqp_object.Method | None) -> tuple[int, int]:
-    return divmod(method.INDEX or 0, 1 << 16) if method is not None else (0, 0)
+def _index_of(kind: frames.Kind | None) -> tuple[int, int]:
+    return divmod(kind.INDEX or 0, 1 << 16) if kind is not None else (0, 0)
 
 
 def _cut(refusal: Refusal) -> str:

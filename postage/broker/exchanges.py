@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
 
-from postage.broker import fields
+from postage.broker import erlang, fields
 
 if TYPE_CHECKING:
     from postage.broker.queues import Queue
@@ -288,13 +288,13 @@ class Headers(Exchange):
         match = arguments.get("x-match", _ALL)
         if match in _MATCHES:
             return
-        value = _in_erlang(match)
+        value = erlang.field(match)
         if match[:1] == b"S":
             raise ValueError(
                 f"Invalid x-match field value {value}; expected all, any, all-with-x, or any-with-x"
             )
         raise ValueError(
-            f"Invalid x-match field type {_ERLANG_TYPES[match[0]]} (value {value}); "
+            f"Invalid x-match field type {erlang.TYPE_NAMES[match[:1]]} (value {value}); "
             "expected longstr"
         )
 
@@ -358,47 +358,6 @@ _ALL_WITH_X = fields.encode("all-with-x")
 _ANY_WITH_X = fields.encode("any-with-x")
 _MATCHES = frozenset({_ALL, _ANY, _ALL_WITH_X, _ANY_WITH_X})
 
-#: What RabbitMQ calls the types of fields in its texts.
-_ERLANG_TYPES = {
-    ord(kind): name
-    for kind, name in {
-        "A": "array",
-        "B": "unsignedbyte",
-        "D": "decimal",
-        "F": "table",
-        "I": "signedint",
-        "L": "long",
-        "S": "longstr",
-        "T": "timestamp",
-        "U": "short",
-        "V": "void",
-        "b": "byte",
-        "d": "double",
-        "f": "float",
-        "i": "unsignedint",
-        "l": "long",
-        "s": "short",
-        "t": "bool",
-        "u": "unsignedshort",
-        "x": "binary",
-    }.items()
-}
-
-#: How Erlang writes the characters that cannot stand for themselves in a string.
-_ESCAPES = str.maketrans(
-    {
-        "\b": r"\b",
-        "\t": r"\t",
-        "\n": r"\n",
-        "\v": r"\v",
-        "\f": r"\f",
-        "\r": r"\r",
-        "\x1b": r"\e",
-        '"': r"\"",
-        "\\": r"\\",
-    }
-)
-
 
 def _words(key: str) -> list[str]:
     """Return the words of a key. As in RabbitMQ the empty key has none."""
@@ -450,27 +409,3 @@ def _comparable(field: bytes) -> Hashable:
             return (field if field[1:] != bytes(4) else "nothing",)
         case _:
             return fields.decode(field)
-
-
-def _in_erlang(field: bytes) -> str:
-    """Return the value of a field as RabbitMQ prints it."""
-    match field[:1]:
-        case b"S" | b"x":
-            return _binary_in_erlang(field[5:])
-        case b"A" | b"F":
-            return "[]" if len(field) == 5 else "[...]"
-        case b"D":
-            return f"{{{field[1]},{int.from_bytes(field[2:], 'big')}}}"
-        case b"T":
-            return str(int.from_bytes(field[1:], "big"))
-        case b"V":
-            return "undefined"
-        case _:
-            return str(fields.decode(field)).lower()
-
-
-def _binary_in_erlang(value: bytes) -> str:
-    # Erlang asks for printable Latin 1, and writes the bytes as they are.
-    if not value or not all(byte in _ESCAPES or 32 <= byte < 127 or byte >= 160 for byte in value):
-        return f"<<{','.join(map(str, value))}>>"
-    return f'<<"{value.decode("utf-8", "surrogateescape").translate(_ESCAPES)}">>'

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pika import amqp_object, spec
 from pika import frame as pika_frame
 
-from postage.broker import fields
+from postage.broker import erlang, fields
 from postage.broker.errors import (
     FRAME_ERROR,
     NOT_IMPLEMENTED,
@@ -79,6 +79,10 @@ _ARGUMENTS: dict[type[amqp_object.Method], str] = {
 }
 
 
+#: A class of methods, such as `spec.Basic.Publish`.
+Kind = type[amqp_object.Method]
+
+
 class Frame(NamedTuple):
     """A frame as it came."""
 
@@ -136,17 +140,16 @@ class FrameReader:
             while len(buffer) - start >= OVERHEAD - 1:
                 type_, channel, size = _PREFIX.unpack_from(buffer, start)
                 if size + OVERHEAD > self.max_size:
-                    raise self._lost(
-                        f"type {type_}, {size} octets is larger than the negotiated frame_max "
-                        f"of {self.max_size - OVERHEAD} octets"
-                    )
+                    limit = self.max_size - 2 * OVERHEAD
+                    reason = f"{{frame_too_large,{size},{limit}}}"
+                    raise self._lost(erlang.frame(type_, b"", reason))
                 end = start + size + OVERHEAD
                 if len(buffer) < end:
                     return
                 if buffer[end - 1] != spec.FRAME_END:
-                    raise self._lost(
-                        f"type {type_}, {size} octets does not end with the end of a frame"
-                    )
+                    reason = f"{{invalid_frame_end_marker,{buffer[end - 1]}}}"
+                    broken = bytes(buffer[start + OVERHEAD - 1 : end - 1])
+                    raise self._lost(erlang.frame(type_, broken, reason))
                 payload = bytes(buffer[start + OVERHEAD - 1 : end - 1])
                 start = end
                 yield Frame(type_, channel, payload)
@@ -164,6 +167,16 @@ class FrameReader:
             yield Frame(METHOD, 0, _CLOSE_OK[OVERHEAD - 1 : -1])
 
 
+def kind_of(frame: Frame) -> Kind | None:
+    """Return the method of which a frame is a part, None if it is of none that is known."""
+    if frame.type == BODY or (frame.type == HEADER and len(frame.payload) >= _CONTENT.size + 2):
+        return spec.Basic.Publish
+    if frame.type != METHOD or len(frame.payload) < _METHOD_INDEX.size:
+        return None
+    kind: Kind | None = spec.methods.get(_METHOD_INDEX.unpack_from(frame.payload)[0])
+    return kind
+
+
 def method_of(frame: Frame) -> amqp_object.Method | None:
     """Return the method of a frame, None if it is one of the other kinds.
 
@@ -173,9 +186,9 @@ def method_of(frame: Frame) -> amqp_object.Method | None:
     if frame.type == METHOD:
         return decode_method(frame.payload)
     if frame.type not in (HEADER, BODY, HEARTBEAT) or (frame.type == HEARTBEAT and frame.payload):
-        raise Refusal(FRAME_ERROR, f"type {frame.type}, {len(frame.payload)} octets: unknown_frame")
+        raise _unknown(frame.type, frame.payload)
     if frame.type == HEARTBEAT and frame.channel:
-        raise Refusal(UNEXPECTED_FRAME, f"a heartbeat on channel {frame.channel}")
+        raise Refusal(UNEXPECTED_FRAME, f"type {HEARTBEAT}, all octets = <<>>")
     return None
 
 
@@ -189,7 +202,7 @@ def decode_method(payload: bytes) -> amqp_object.Method:
         Refusal: It is none that AMQP 0-9-1 or RabbitMQ knows, or its arguments are broken.
     """
     if len(payload) < _METHOD_INDEX.size:
-        raise Refusal(FRAME_ERROR, "a method frame without a method")
+        raise _unknown(METHOD, payload)
     (index,) = _METHOD_INDEX.unpack_from(payload)
     kind = spec.methods.get(index)
     if kind is None:
@@ -216,7 +229,7 @@ def _decode_publish(payload: bytes) -> spec.Basic.Publish:
         if bits + 1 != len(payload):
             raise IndexError
     except IndexError:
-        raise _malformed(spec.Basic.Publish) from None
+        raise _malformed(payload) from None
     return spec.Basic.Publish(
         exchange=payload[7:routing_key].decode("utf-8", "surrogateescape"),
         routing_key=payload[routing_key + 1 : bits].decode("utf-8", "surrogateescape"),
@@ -246,18 +259,22 @@ def _check(kind: type[amqp_object.Method], payload: bytes) -> tuple[int, int]:
             else:
                 offset += int(argument)
     except (IndexError, struct.error):
-        raise _malformed(kind) from None
+        raise _malformed(payload) from None
     except UnicodeDecodeError:
         raise Refusal(FRAME_ERROR, "Malformed UTF-8 in shortstr") from None
     except fields.FieldError as error:
         raise Refusal(SYNTAX_ERROR, f"the table of {kind.NAME}: {error}") from error
     if offset != len(payload):
-        raise _malformed(kind)
+        raise _malformed(payload)
     return table
 
 
-def _malformed(kind: type[amqp_object.Method]) -> Refusal:
-    return Refusal(FRAME_ERROR, f"cannot decode {kind.NAME}")
+def _malformed(payload: bytes) -> Refusal:
+    return Refusal(FRAME_ERROR, f"cannot decode {erlang.binary(payload[_METHOD_INDEX.size :])}")
+
+
+def _unknown(type_: int, payload: bytes) -> Refusal:
+    return Refusal(FRAME_ERROR, erlang.frame(type_, payload, "unknown_frame"))
 
 
 def _plain(table: dict[str, bytes]) -> dict[str, object]:
@@ -277,7 +294,7 @@ def decode_content_header(payload: bytes) -> tuple[int, int, bytes]:
         Refusal: It is too short.
     """
     if len(payload) < _CONTENT.size + 2:
-        raise Refusal(FRAME_ERROR, "a content header is too short")
+        raise _unknown(HEADER, payload)
     class_id, weight, size = _CONTENT.unpack_from(payload)
     if weight:
         raise Refusal(UNEXPECTED_FRAME, f"a content header has the weight {weight}, expected 0")

@@ -8,7 +8,8 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from postage.broker import fields
-from postage.broker.arguments import MAX_MS, TYPE_NAMES
+from postage.broker.arguments import MAX_MS
+from postage.broker.erlang import TYPE_NAMES
 from postage.broker.errors import PRECONDITION_FAILED, SYNTAX_ERROR, Refusal
 from postage.broker.frames import short_string
 
