@@ -6,7 +6,7 @@ The rules and the words are those of RabbitMQ: https://www.rabbitmq.com/docs/que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,8 +175,39 @@ _NOT_QUORUM = _OF_STREAMS | {
     "x-queue-mode",
     "x-queue-version",
 }
-#: What must be the same when a queue is declared again.
-_COMPARED = (*_QUEUE, "x-delivery-limit")
+#: What must be the same when a queue is declared again, in the order in which RabbitMQ looks.
+_COMPARED_CLASSIC = (
+    "x-expires",
+    "x-message-ttl",
+    "x-dead-letter-exchange",
+    "x-dead-letter-routing-key",
+    "x-max-length",
+    "x-max-length-bytes",
+    "x-max-priority",
+    "x-overflow",
+    "x-queue-mode",
+    "x-queue-version",
+    "x-single-active-consumer",
+    "x-queue-type",
+    "x-queue-master-locator",
+)
+_COMPARED_QUORUM = (
+    "x-dead-letter-exchange",
+    "x-dead-letter-routing-key",
+    "x-dead-letter-strategy",
+    "x-expires",
+    "x-max-length",
+    "x-max-length-bytes",
+    "x-max-in-memory-length",
+    "x-max-in-memory-bytes",
+    "x-overflow",
+    "x-single-active-consumer",
+    "x-queue-type",
+    "x-quorum-initial-group-size",
+    "x-delivery-limit",
+    "x-message-ttl",
+    "x-queue-leader-locator",
+)
 
 
 def read_queue_arguments(raw: Mapping[str, bytes], owner: str) -> QueueArguments:
@@ -298,28 +329,31 @@ def _deprecated(feature: str) -> Refusal:
     )
 
 
-def check_equivalent(
-    current: Mapping[str, bytes],
-    received: Mapping[str, bytes],
-    owner: str,
-    names: Iterable[str] = _COMPARED,
+def check_equivalent_queue(
+    current: QueueArguments, received: Mapping[str, bytes], owner: str
 ) -> None:
-    """Refuse a declaration whose arguments differ from those of what exists.
-
-    Args:
-        names: the arguments that count.
+    """Refuse a declaration whose arguments differ from those of the queue that exists.
 
     Raises:
         Refusal: One differs, in its value or in the kind of its type.
     """
+    names = _COMPARED_QUORUM if current.is_quorum else _COMPARED_CLASSIC
     for name in names:
-        old, new = current.get(name), received.get(name)
-        if _is_same(old, new) or (name == "x-queue-type" and {old, new} == {None, _CLASSIC}):
-            continue
-        words = f"received {_described(new)} but current is {_described(old)}"
-        if old is not None and new is not None:
-            words = f"received '{_shown(new)}' but current is '{_shown(old)}'"
-        raise Refusal(PRECONDITION_FAILED, f"inequivalent arg '{name}' for {owner}: {words}")
+        check_equivalent(name, current.raw.get(name), received.get(name), owner)
+
+
+def check_equivalent(name: str, old: bytes | None, new: bytes | None, owner: str) -> None:
+    """Refuse a declaration of which one argument differs from that of what exists.
+
+    Raises:
+        Refusal: It differs, in its value or in the kind of its type.
+    """
+    if _is_same(old, new) or (name == "x-queue-type" and {old, new} == {None, _CLASSIC}):
+        return
+    words = f"received {_described(new)} but current is {_described(old)}"
+    if old is not None and new is not None:
+        words = f"received '{_shown(new)}' but current is '{_shown(old)}'"
+    raise Refusal(PRECONDITION_FAILED, f"inequivalent arg '{name}' for {owner}: {words}")
 
 
 def check_same(name: str, current: object, received: object, owner: str) -> None:

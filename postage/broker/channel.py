@@ -332,8 +332,8 @@ class Channel:
 
     def dispatch(self) -> None:
         """Take from all queues what the consumers can take by now."""
-        for _, queue in tuple(self.consumers.values()):
-            queue.dispatch()
+        for consumer, queue in tuple(self.consumers.values()):
+            queue.wake(consumer)
 
     def get(self, method: spec.Basic.Get, payload: bytes) -> None:
         """Send one message, if there is one."""
@@ -537,7 +537,7 @@ class Channel:
             consumer.unsettled -= number
             self._held -= number
             if consumer.tag in self.consumers:
-                self.consumers[consumer.tag][1].dispatch()
+                self.consumers[consumer.tag][1].wake(consumer)
         for queue in queues:
             queue.dispatch()
         if self._limit:

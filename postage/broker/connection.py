@@ -26,7 +26,6 @@ from postage.broker.errors import (
     CONNECTION_FORCED,
     INTERNAL_ERROR,
     NOT_ALLOWED,
-    NOT_IMPLEMENTED,
     SYNTAX_ERROR,
     UNEXPECTED_FRAME,
     Refusal,
@@ -325,8 +324,6 @@ class Connection:
             raise Refusal(CHANNEL_ERROR, "second 'channel.open' seen")
         handler = _METHODS.get(type(method))
         if handler is None:
-            if method.NAME.startswith(_UNSUPPORTED):
-                raise Refusal(NOT_IMPLEMENTED, f"{method.NAME} is not supported by this broker")
             raise Refusal(COMMAND_INVALID, "unimplemented method")
         handler(channel, method, payload)
 
@@ -484,9 +481,11 @@ class Connection:
         class_id, method_id = _index_of(cause)
         channel.send(spec.Channel.Close(refusal.code, _cut(refusal), class_id, method_id))
 
-    def force_close(self, code: int = CONNECTION_FORCED, text: str = "broker forced it") -> None:
-        """Close the connection on behalf of whoever runs the broker."""
+    def force_close(self, code: int = CONNECTION_FORCED, text: str = "broker forced it") -> bool:
+        """Close the connection on behalf of whoever runs the broker, unless it ends already."""
+        is_ending = self.phase in (Phase.CLOSING, Phase.CLOSED)
         self.close(Refusal(code, text))
+        return not is_ending
 
     def check_timeouts(self, limit: float) -> None:
         """Close the channels in which a delivery is unsettled for too long, in seconds."""
@@ -565,6 +564,4 @@ _OWN: dict[tuple[Phase, type[amqp_object.Method]], Callable[[Connection, Any], N
     (Phase.OPEN, spec.Connection.UpdateSecret): Connection._update_secret,
 }
 _METHODS = {**channels.HANDLERS, **declarations.HANDLERS, **transactions.HANDLERS}
-#: The classes of methods that clients may send to RabbitMQ, and not to this broker.
-_UNSUPPORTED = ("Access.", "Tx.")
 _MECHANISMS = {"PLAIN": _read_plain, "AMQPLAIN": _read_amqplain}

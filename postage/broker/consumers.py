@@ -67,27 +67,37 @@ class Consumer:
             return False
         return self.channel.can_take
 
+    @property
+    def is_filled_by_next(self) -> bool:
+        """Whether one more delivery is the last that it can take for now."""
+        return 0 < self.prefetch <= self.unsettled + 1 and not self.no_ack
+
 
 class Consumers:
     """The consumers of one queue. Those of the highest priority take turns.
 
+    A consumer that can take no more rests, and comes last once `wake` says that it can again.
+
     Args:
         is_single_active: only one of them gets deliveries, until it goes.
+        is_quorum: a quorum queue lets a consumer rest with the delivery that fills it, a classic
+            queue only when there would be another one for it.
     """
 
-    def __init__(self, is_single_active: bool = False) -> None:
+    def __init__(self, *, is_single_active: bool = False, is_quorum: bool = False) -> None:
+        self._members: dict[Consumer, None] = {}
+        #: Those that take turns, by their priority, the highest first.
         self._levels: dict[int, deque[Consumer]] = {}
-        self._priorities: list[int] = []
+        self._resting: set[Consumer] = set()
         self._is_single_active = is_single_active
+        self._is_quorum = is_quorum
         self._active: Consumer | None = None
-        self._count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._members)
 
     def __iter__(self) -> Iterator[Consumer]:
-        for priority in self._priorities:
-            yield from self._levels[priority]
+        return iter(self._members)
 
     @property
     def exclusive(self) -> Consumer | None:
@@ -96,34 +106,45 @@ class Consumers:
 
     def add(self, consumer: Consumer) -> None:
         """Let a consumer take part."""
+        self._members[consumer] = None
         if consumer.priority not in self._levels:
             self._levels[consumer.priority] = deque()
-            self._priorities = sorted(self._levels, reverse=True)
+            self._levels = dict(sorted(self._levels.items(), reverse=True))
         self._levels[consumer.priority].append(consumer)
-        self._count += 1
         if self._is_single_active and self._active is None:
             self._active = consumer
 
     def remove(self, consumer: Consumer) -> None:
         """Let a consumer go; if it was the active one, the next in line becomes that."""
-        level = self._levels[consumer.priority]
-        level.remove(consumer)
-        self._count -= 1
-        if not level:
+        del self._members[consumer]
+        if consumer in self._resting:
+            self._resting.remove(consumer)
+        else:
+            self._levels[consumer.priority].remove(consumer)
+        if all(each.priority != consumer.priority for each in self._members):
             del self._levels[consumer.priority]
-            self._priorities.remove(consumer.priority)
         if self._active is consumer:
-            self._active = next(iter(self), None)
+            self._active = max(self._members, key=lambda each: each.priority, default=None)
+
+    def wake(self, consumer: Consumer) -> None:
+        """Let a consumer that may take more have its turn again."""
+        if consumer in self._resting:
+            self._resting.remove(consumer)
+            self._levels[consumer.priority].append(consumer)
 
     def next(self) -> Consumer | None:
         """Return the consumer whose turn it is, None if nobody can take more."""
         if self._active is not None:
             return self._active if self._active.can_take else None
-        for priority in self._priorities:
-            level = self._levels[priority]
-            for _ in range(len(level)):
-                consumer = level[0]
-                level.rotate(-1)
-                if consumer.can_take:
-                    return consumer
+        for level in self._levels.values():
+            while level:
+                consumer = level.popleft()
+                if not consumer.can_take:
+                    self._resting.add(consumer)
+                    continue
+                if self._is_quorum and consumer.is_filled_by_next:
+                    self._resting.add(consumer)
+                else:
+                    level.append(consumer)
+                return consumer
         return None

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from postage.broker.errors import CONNECTION_FORCED, BrokerError, Refusal
 from postage.broker.node import Node
@@ -33,6 +35,9 @@ class Faults:
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self._numbers = itertools.count()
+        #: Values by block of what is set by several, in the thread of the broker.
+        self._values: WeakKeyDictionary[Node, dict[str, dict[object, Any]]] = WeakKeyDictionary()
 
     def drop(self, vhost: str | None = None) -> int:
         """Cut the connections to a virtual host, or all, without a word to the client.
@@ -61,9 +66,7 @@ class Faults:
 
         def close(edge: Edge) -> int:
             connections = edge.node.connections_of(vhost)
-            for connection in connections:
-                connection.force_close(code, text)
-            return len(connections)
+            return sum(connection.force_close(code, text) for connection in connections)
 
         number: int = self._call(close)
         return number
@@ -113,17 +116,8 @@ class Faults:
     @contextlib.contextmanager
     def stall(self) -> Iterator[None]:
         """Neither read nor write, as a broker that hangs."""
-
-        def set_stalled(edge: Edge, is_stalled: bool) -> None:
-            edge.node.is_stalled = is_stalled
-            for connection in edge.node.connections_of():
-                connection.excuse()
-
-        self._call(lambda edge: set_stalled(edge, True))
-        try:
+        with self._set("is_stalled", True):
             yield
-        finally:
-            self._call(lambda edge: set_stalled(edge, False))
 
     @contextlib.contextmanager
     def refuse(self) -> Iterator[None]:
@@ -138,11 +132,12 @@ class Faults:
         Args:
             reason: what they are told.
         """
-        self._call(lambda edge: edge.node.raise_alarm("fault", reason))
+        name = f"fault {next(self._numbers)}"  # there may be a block within the block
+        self._call(lambda edge: edge.node.raise_alarm(name, reason))
         try:
             yield
         finally:
-            self._call(lambda edge: edge.node.clear_alarm("fault"))
+            self._end(lambda edge: edge.node.clear_alarm(name))
 
     @contextlib.contextmanager
     def delay_confirms(self, seconds: float) -> Iterator[None]:
@@ -158,14 +153,28 @@ class Faults:
 
     @contextlib.contextmanager
     def _set(self, name: str, value: Any, *, of_node: bool = True) -> Iterator[None]:
-        def exchange(edge: Edge, new: Any) -> Any:
-            target = edge.node if of_node else edge
-            old = getattr(target, name)
-            setattr(target, name, new)
-            return old
+        block = object()
 
-        old = self._call(lambda edge: exchange(edge, value))
+        def begin(edge: Edge) -> None:
+            target: Any = edge.node if of_node else edge
+            # By node: a broker that is started anew begins without faults.
+            values = self._values.setdefault(edge.node, {})
+            values.setdefault(name, {None: getattr(target, name)})[block] = value
+            setattr(target, name, value)
+
+        def end(edge: Edge) -> None:
+            values = self._values.get(edge.node, {}).get(name, {})
+            if values.pop(block, None) is not None:
+                target: Any = edge.node if of_node else edge
+                # Blocks of several threads end in any order.
+                setattr(target, name, [*values.values()][-1])
+
+        self._call(begin)
         try:
             yield
         finally:
-            self._call(lambda edge: exchange(edge, old))
+            self._end(end)
+
+    def _end(self, function: Callable[[Edge], Any]) -> None:
+        with contextlib.suppress(BrokerError):  # the broker was stopped, and the fault with it
+            self._call(function)

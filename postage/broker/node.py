@@ -72,7 +72,7 @@ class Node:
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self.users = dict(users)
-        self.clock = clock or Clock()
+        self.clock = clock if clock is not None else Clock()
         self.is_strict = is_strict
         self.vhosts: dict[str, VirtualHost] = {}
         self.connections: dict[Connection, None] = {}

@@ -141,7 +141,9 @@ class Queue:
         self.auto_delete = auto_delete
         self.owner = owner
         self.id = id
-        self.consumers = Consumers(arguments.is_single_active)
+        self.consumers = Consumers(
+            is_single_active=arguments.is_single_active, is_quorum=arguments.is_quorum
+        )
         self.is_deleted = False
         self.unsettled = 0
         #: Messages that wait, and the bytes of their bodies.
@@ -419,6 +421,11 @@ class Queue:
         self.consumers.remove(consumer)
         if not len(self.consumers):
             self.use()
+
+    def wake(self, consumer: Consumer) -> None:
+        """Let a consumer that may take more have what waits."""
+        self.consumers.wake(consumer)
+        self.dispatch()
 
     def use(self) -> None:
         """Take note that somebody needs the queue, for the argument x-expires."""

@@ -263,6 +263,9 @@ class Server:
         for listening in self._listener.sockets:
             _shut(listening)
         self._listener.close()
+        # Who was accepted a moment ago is on the way to `peers`.
+        if accepting := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(accepting)
         self.node.is_stalled = False
         for connection in self.node.connections_of():
             connection.force_close(text="broker forced connection closure with reason 'shutdown'")
@@ -321,7 +324,7 @@ class Server:
 
     def abort(self, vhost: str | None) -> int:
         """Cut the connections to a virtual host, or all, and return how many."""
-        connections = self.node.connections_of(vhost)
+        connections = [each for each in self.node.connections_of(vhost) if not each.is_finished]
         for connection in connections:
             if connection in self.peers:
                 self.peers[connection].abort()

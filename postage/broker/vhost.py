@@ -152,8 +152,8 @@ class VirtualHost:
         arguments.check_same("durable", current.durable, durable, owner)
         arguments.check_same("auto_delete", current.auto_delete, auto_delete, owner)
         arguments.check_same("internal", current.internal, internal, owner)
-        names = ("alternate-exchange",)
-        arguments.check_equivalent(current.arguments, raw, owner, names)
+        name = "alternate-exchange"
+        arguments.check_equivalent(name, current.arguments.get(name), raw.get(name), owner)
 
     def _add_exchange(
         self,
@@ -257,7 +257,7 @@ class VirtualHost:
                 )
             arguments.check_same("durable", queue.durable, durable, owner)
             arguments.check_same("auto_delete", queue.auto_delete, auto_delete, owner)
-            arguments.check_equivalent(queue.arguments.raw, raw, owner)
+            arguments.check_equivalent_queue(queue.arguments, raw, owner)
             queue.use()
             return queue
         if is_strict:

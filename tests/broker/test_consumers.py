@@ -17,9 +17,9 @@ class Channel:
     can_take: bool = True
 
 
-def consumers_of(*found: Consumer, is_single_active: bool = False) -> Consumers:
+def consumers_of(*found: Consumer, **options: bool) -> Consumers:
     """Return the consumers of a queue."""
-    consumers = Consumers(is_single_active)
+    consumers = Consumers(**options)
     for each in found:
         consumers.add(each)
     return consumers
@@ -50,7 +50,36 @@ def test_a_consumer_that_holds_its_prefetch_is_passed_over() -> None:
     full.unsettled = 2
     assert ["free", "free"] == turns(consumers, 2)
     full.unsettled = 1
-    assert {"free", "full"} == set(turns(consumers, 2))
+    assert ["free"] == turns(consumers, 1)
+    consumers.wake(full)
+    assert ["free", "full", "free"] == turns(consumers, 3)
+    consumers.wake(full)
+    assert 2 == len(consumers)
+
+
+@pytest.mark.parametrize(("is_quorum", "expected"), [(True, "later"), (False, "full")])
+def test_a_quorum_queue_lets_a_consumer_rest_as_soon_as_it_is_full(
+    is_quorum: bool, expected: str
+) -> None:
+    """A classic queue finds that out with the next message."""
+    full = Consumer(Channel(), "full", prefetch=1)
+    consumers = consumers_of(full, is_quorum=is_quorum)
+    assert ["full"] == turns(consumers, 1)
+    full.unsettled = 1
+    consumers.add(Consumer(Channel(), "later"))
+    full.unsettled = 0
+    consumers.wake(full)
+    assert [expected] == turns(consumers, 1)
+
+
+def test_a_consumer_that_rests_can_go() -> None:
+    """It does not come back."""
+    full = Consumer(Channel(can_take=False), "full")
+    consumers = consumers_of(full)
+    assert [None] == turns(consumers, 1)
+    consumers.remove(full)
+    consumers.wake(full)
+    assert ([], [None]) == (list(consumers), turns(consumers, 1))
 
 
 def test_the_prefetch_does_not_limit_what_needs_no_ack() -> None:
