@@ -332,8 +332,9 @@ class Channel:
 
     def dispatch(self) -> None:
         """Take from all queues what the consumers can take by now."""
-        for consumer, queue in tuple(self.consumers.values()):
-            queue.wake(consumer)
+        for queue in {queue: None for _, queue in self.consumers.values()}:
+            queue.consumers.wake_all(self)
+            queue.dispatch()
 
     def get(self, method: spec.Basic.Get, payload: bytes) -> None:
         """Send one message, if there is one."""
@@ -491,16 +492,34 @@ class Channel:
             self.settle(settled, how)
 
     def settle(self, settled: list[Unsettled], how: Settlement) -> None:
-        """Tell the queues what became of deliveries, and let others have their turn."""
-        if how is Settlement.REQUEUE:
-            _give_back(settled)
-        else:
-            for each in settled:
-                if how is Settlement.ACK:
-                    each.entry.queue.ack(each.entry)
-                else:
-                    each.entry.queue.reject(each.entry)
-        self._settled(settled)
+        """Tell the queues what became of deliveries, and let others have their turn.
+
+        As in RabbitMQ one consumer comes after the other, and has what it can take by then.
+        """
+        groups: dict[tuple[str, Queue], list[Unsettled]] = {}
+        for each in settled:
+            tag = each.consumer.tag if each.consumer is not None else ""
+            groups.setdefault((tag, each.entry.queue), []).append(each)
+        for (_, queue), group in sorted(groups.items(), key=lambda item: item[0][0]):
+            self._release(queue, group)
+            if how is Settlement.REQUEUE:
+                queue.requeue([each.entry for each in group])
+                continue
+            for each in group:
+                (queue.ack if how is Settlement.ACK else queue.reject)(each.entry)
+            queue.dispatch()
+        if self._limit:
+            self.dispatch()
+
+    def _release(self, queue: Queue, group: list[Unsettled]) -> None:
+        """Let the consumer of some deliveries take so many more."""
+        consumer = group[0].consumer
+        if consumer is None:
+            return
+        consumer.unsettled -= len(group)
+        self._held -= len(group)
+        if not self._limit:
+            queue.consumers.wake(consumer)
 
     def take_back(self, settled: list[Unsettled]) -> None:
         """Hold deliveries again whose settlement was rolled back."""
@@ -524,24 +543,6 @@ class Channel:
                 break
             tags.append(each)
         return [unsettled.pop(each) for each in tags]
-
-    def _settled(self, settled: Iterable[Unsettled]) -> None:
-        """Let others have their turn, and each consumer all that it can take by now."""
-        numbers: dict[Consumer, int] = {}
-        queues: dict[Queue, None] = {}
-        for _, entry, consumer, _ in settled:
-            queues[entry.queue] = None
-            if consumer is not None:
-                numbers[consumer] = numbers.get(consumer, 0) + 1
-        for consumer, number in numbers.items():
-            consumer.unsettled -= number
-            self._held -= number
-            if consumer.tag in self.consumers:
-                self.consumers[consumer.tag][1].wake(consumer)
-        for queue in queues:
-            queue.dispatch()
-        if self._limit:
-            self.dispatch()
 
     def check_timeout(self, limit: float) -> None:
         """Refuse to wait any longer for a settlement (RabbitMQ, consumer_timeout).

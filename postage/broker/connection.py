@@ -243,8 +243,6 @@ class Connection:
 
     def _handle(self, frame: frames.Frame) -> None:
         """Handle a frame. What it asks for in vain ends its channel, or the connection."""
-        if self.phase is Phase.CLOSED:
-            return
         method: amqp_object.Method | None = None
         try:
             method = frames.method_of(frame)
@@ -355,14 +353,11 @@ class Connection:
 
     def _log_in(self, method: spec.Connection.StartOk) -> None:
         self.properties = method.client_properties or {}
-        response: str | bytes = method.response
-        if isinstance(response, str):
-            response = response.encode("utf-8", "surrogateescape")
         reader = _MECHANISMS.get(method.mechanism)
         if reader is None:
             self._hang_up(f"unknown login mechanism '{method.mechanism}'")
             return
-        user, password = reader(response)
+        user, password = reader(method.response)
         wanted = self.node.users.get(user)
         given = password.encode("utf-8", "surrogateescape")
         if wanted is None or not hmac.compare_digest(wanted.encode("utf-8"), given):

@@ -88,7 +88,8 @@ class Consumers:
         self._members: dict[Consumer, None] = {}
         #: Those that take turns, by their priority, the highest first.
         self._levels: dict[int, deque[Consumer]] = {}
-        self._resting: set[Consumer] = set()
+        #: Those that do not, in the order in which they stopped.
+        self._resting: dict[Consumer, None] = {}
         self._is_single_active = is_single_active
         self._is_quorum = is_quorum
         self._active: Consumer | None = None
@@ -118,7 +119,7 @@ class Consumers:
         """Let a consumer go; if it was the active one, the next in line becomes that."""
         del self._members[consumer]
         if consumer in self._resting:
-            self._resting.remove(consumer)
+            del self._resting[consumer]
         else:
             self._levels[consumer.priority].remove(consumer)
         if all(each.priority != consumer.priority for each in self._members):
@@ -129,8 +130,13 @@ class Consumers:
     def wake(self, consumer: Consumer) -> None:
         """Let a consumer that may take more have its turn again."""
         if consumer in self._resting:
-            self._resting.remove(consumer)
+            del self._resting[consumer]
             self._levels[consumer.priority].append(consumer)
+
+    def wake_all(self, channel: Receiver) -> None:
+        """Let the consumers of a channel that may take more have their turns again."""
+        for consumer in [each for each in self._resting if each.channel is channel]:
+            self.wake(consumer)
 
     def next(self) -> Consumer | None:
         """Return the consumer whose turn it is, None if nobody can take more."""
@@ -140,10 +146,10 @@ class Consumers:
             while level:
                 consumer = level.popleft()
                 if not consumer.can_take:
-                    self._resting.add(consumer)
+                    self._resting[consumer] = None
                     continue
                 if self._is_quorum and consumer.is_filled_by_next:
-                    self._resting.add(consumer)
+                    self._resting[consumer] = None
                 else:
                     level.append(consumer)
                 return consumer

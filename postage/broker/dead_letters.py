@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 
 from postage.broker import fields
-from postage.broker.messages import Message, join_properties
+from postage.broker.messages import Message, join_headers, join_properties
 
 _COUNT = "count"
 #: What a field holds at most.
@@ -48,7 +48,7 @@ def dead_letter(
     headers["x-death"] = _with_death(headers.get("x-death"), death)
     if routing_key is not None:
         headers.pop("CC", None)
-    properties["headers"] = fields.join(headers)
+    properties["headers"] = join_headers(headers)
     letter = Message(
         exchange,
         message.routing_key if routing_key is None else routing_key,

@@ -118,10 +118,6 @@ class FrameReader:
         del self._buffer[:size]
         return data
 
-    def peek(self) -> bytes:
-        """Return what has come and was not taken."""
-        return bytes(self._buffer)
-
     def frames(self) -> Generator[Frame, None, None]:
         """Yield the frames that are complete. It may be left between two frames.
 

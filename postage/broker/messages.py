@@ -77,6 +77,13 @@ def join_properties(properties: Mapping[str, bytes]) -> bytes:
     return _UINT16.pack(flags) + b"".join(values)
 
 
+def join_headers(headers: Mapping[str, bytes]) -> bytes:
+    """Return the table of headers that were changed. RabbitMQ writes l then for each L."""
+    return fields.join(
+        {name: b"l" + each[1:] if each[:1] == b"L" else each for name, each in headers.items()}
+    )
+
+
 def _text(encoded: bytes | None) -> str | None:
     return encoded[1:].decode("utf-8", "surrogateescape") if encoded is not None else None
 
@@ -137,7 +144,7 @@ class Message:
             if "BCC" in self.headers:
                 without = {name: field for name, field in self.headers.items() if name != "BCC"}
                 self._headers = without
-                self.properties = {**properties, "headers": fields.join(without)}
+                self.properties = {**properties, "headers": join_headers(without)}
                 self.encoded = join_properties(self.properties)
 
     @property
@@ -174,8 +181,8 @@ class Message:
 
     def with_headers(self, added: Mapping[str, bytes]) -> bytes:
         """Return the encoded properties with more headers, or others of the same names."""
-        table = fields.join({**self.headers, **added})
-        return join_properties({**self.properties, "headers": table})
+        headers = join_headers({**self.headers, **added})
+        return join_properties({**self.properties, "headers": headers})
 
 
 def _expiration(text: str) -> int:

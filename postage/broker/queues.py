@@ -284,7 +284,7 @@ class Queue:
         self._bury(entry, "rejected")
 
     def requeue(self, entries: Iterable[Entry], *, is_lost: bool = False) -> None:
-        """Take messages back that were not settled.
+        """Take messages back that were not settled, and hand them out again.
 
         A classic queue puts each to its place. A quorum queue without a delivery limit puts what
         was given back on purpose behind all others, so that its log can be cut, and what is
@@ -310,6 +310,9 @@ class Queue:
                 self._level_of(entry).push_back(entry)
                 self._counted(entry, 1)
                 self.host.keep_count(entry)
+        if not self.arguments.is_quorum:
+            self._drop_what_is_too_much()
+        self.dispatch()
         self._drop_what_is_too_much()
         self._drop_expired()
 
@@ -421,11 +424,6 @@ class Queue:
         self.consumers.remove(consumer)
         if not len(self.consumers):
             self.use()
-
-    def wake(self, consumer: Consumer) -> None:
-        """Let a consumer that may take more have what waits."""
-        self.consumers.wake(consumer)
-        self.dispatch()
 
     def use(self) -> None:
         """Take note that somebody needs the queue, for the argument x-expires."""

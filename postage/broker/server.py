@@ -50,6 +50,7 @@ class _Peer(asyncio.Protocol):
         host, port = transport.get_extra_info("peername")[:2]
         self.connection = self._server.node.connect(f"{host}:{port}")
         self._server.peers[self.connection] = self
+        self._server.flush()  # to be woken when the time of the handshake is over
 
     def data_received(self, data: bytes) -> None:
         if self.connection is not None:

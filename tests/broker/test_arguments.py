@@ -33,6 +33,7 @@ MEANINGS: tuple[tuple[str, bytes, str, object], ...] = (
     ("x-dead-letter-exchange", fields.encode(""), "dead_letter_exchange", ""),
     ("x-dead-letter-exchange", b"S\0\0\0\1\xff", "dead_letter_exchange", "\udcff"),
     ("x-max-length", FIVE, "max_length", 5),
+    ("x-quorum-initial-group-size", FIVE, "is_quorum", True),
     ("x-max-length", b"l\x7f" + b"\xff" * 7, "max_length", 2**63 - 1),
     ("x-max-length-bytes", b"u\xff\xff", "max_bytes", 65_535),
     ("x-max-priority", b"b\5", "max_priority", 5),
@@ -49,7 +50,11 @@ MEANINGS: tuple[tuple[str, bytes, str, object], ...] = (
     ("x-dead-letter-strategy", fields.encode("at-least-once"), "is_at_least_once", True),
     ("x-dead-letter-strategy", fields.encode("at-most-once"), "is_at_least_once", False),
 )
-OF_QUORUM_QUEUES = ("x-delivery-limit", "x-dead-letter-strategy")
+OF_QUORUM_QUEUES = (
+    "x-delivery-limit",
+    "x-dead-letter-strategy",
+    "x-quorum-initial-group-size",
+)
 
 #: Argument, what it is given, and the end of the refusal.
 REFUSED: tuple[tuple[str, bytes, str], ...] = (
@@ -117,13 +122,13 @@ def test_an_argument_is_refused_in_the_words_of_rabbitmq(
 
 
 @pytest.mark.parametrize("name", ["x-max-length", "x-overflow", "x-single-active-consumer"])
-@pytest.mark.parametrize("field", EACH_TYPE)
-def test_a_field_of_any_type_is_understood_or_refused(name: str, field: bytes) -> None:
+def test_a_field_of_any_type_is_understood_or_refused(name: str) -> None:
     """Each type has a name, also one that RabbitMQ does not know."""
-    try:
-        read_queue_arguments({name: field}, OWNER)
-    except Refusal as refusal:
-        assert refusal.text.startswith(f"invalid arg '{name}' for {OWNER}: ")
+    for field in EACH_TYPE:
+        try:
+            read_queue_arguments({name: field}, OWNER)
+        except Refusal as refusal:
+            assert refusal.text.startswith(f"invalid arg '{name}' for {OWNER}: ")
 
 
 def test_a_dead_letter_exchange_is_a_string() -> None:
@@ -160,6 +165,14 @@ def test_an_argument_of_another_type_of_queue_is_refused(name: str, kind: str) -
     words = f"invalid arg '{name}' for {OWNER} of queue type rabbit_{kind}_queue"
 
     assert words == refusal_to_read({name: b"V", "x-queue-type": fields.encode(kind)})
+
+
+def test_a_group_has_a_member() -> None:
+    """The size of a quorum queue's group means nothing here, but must be one."""
+    raw = {**QUORUM, "x-quorum-initial-group-size": fields.encode(0)}
+
+    words = f"invalid arg 'x-quorum-initial-group-size' for {OWNER}: {{value_zero,0}}"
+    assert words == refusal_to_read(raw)
 
 
 def test_unknown_arguments_are_kept_and_mean_nothing() -> None:

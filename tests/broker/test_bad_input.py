@@ -508,6 +508,15 @@ def many_files(number: int) -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_a_client_that_says_nothing_is_sent_away() -> None:
+    """Also if nothing else happens that wakes the broker."""
+    with small_broker(handshake_seconds=0.2) as (port, _, program):
+        for _ in range(2):
+            with RawClient(port) as client:
+                assert [] == client.rest()
+        assert 2 == program.output.count("waits for the protocol header for too long")
+
+
 def test_ten_thousand_silent_clients_are_sent_away_in_time() -> None:
     """Meanwhile others are served, and the memory they take is given back to later ones."""
     with many_files(10_300) as files, small_broker(handshake_seconds=2) as (port, process, _):
@@ -520,7 +529,7 @@ def test_ten_thousand_silent_clients_are_sent_away_in_time() -> None:
             _await_ends(silent)
             first = rss_mib(process)
             assert_serves(port)
-            _connect(silent, number // 10, port)
+            _connect(silent, number // 20, port)
             _await_ends(silent)
             assert rss_mib(process) - first < 10
         finally:
@@ -748,3 +757,7 @@ def test_no_buffer_of_a_client_outgrows_its_room(broker: Broker) -> None:
         assert ROOM <= incoming < 2 * ROOM
         assert ROOM <= outgoing < 2 * ROOM
         assert_serves(broker.port)
+        for _ in range(300):  # much more than buffers hold: all goes on
+            client.expect(spec.Basic.GetOk)
+            assert 100_000 == client.receive().body_size
+            assert 100_000 == len(client.receive().fragment)

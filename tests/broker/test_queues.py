@@ -135,7 +135,8 @@ def test_what_waits_is_handed_to_a_consumer_as_far_as_its_prefetch_allows() -> N
     assert [("c", b"1"), ("c", b"2")] == host.delivered
     queue.ack(host.entries[0])
     consumer.unsettled -= 1
-    queue.wake(consumer)
+    queue.consumers.wake(consumer)
+    queue.dispatch()
     assert ("c", b"3") == host.delivered[-1]
     assert "<Queue q [0 ready, 2 unsettled, 1 consumers]>" == repr(queue)
 

@@ -123,12 +123,16 @@ class RawClient:
     def opened(cls, port: int, vhost: str = "/", **tuning: int) -> RawClient:
         """Return a client with an open connection and no channel."""
         client = cls(port)
-        client.send(HEADER)
-        client.expect(spec.Connection.Start)
-        client.send(login())
-        client.expect(spec.Connection.Tune)
-        client.send(tune(**tuning) + opening(vhost))
-        client.expect(spec.Connection.OpenOk)
+        try:
+            client.send(HEADER)
+            client.expect(spec.Connection.Start)
+            client.send(login())
+            client.expect(spec.Connection.Tune)
+            client.send(tune(**tuning) + opening(vhost))
+            client.expect(spec.Connection.OpenOk)
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def open_channel(self, number: int = 1) -> None:
