@@ -496,17 +496,19 @@ class Channel:
 
         As in RabbitMQ one consumer comes after the other, and has what it can take by then.
         """
-        groups: dict[tuple[str, Queue], list[Unsettled]] = {}
+        groups: dict[tuple[str, str], list[Unsettled]] = {}
         for each in settled:
             tag = each.consumer.tag if each.consumer is not None else ""
-            groups.setdefault((tag, each.entry.queue), []).append(each)
-        for (_, queue), group in sorted(groups.items(), key=lambda item: item[0][0]):
+            groups.setdefault((each.entry.queue.name, tag), []).append(each)
+        for _, group in sorted(groups.items()) if len(groups) > 1 else groups.items():
+            queue = group[0].entry.queue
             self._release(queue, group)
             if how is Settlement.REQUEUE:
                 queue.requeue([each.entry for each in group])
                 continue
-            for each in group:
-                (queue.ack if how is Settlement.ACK else queue.reject)(each.entry)
+            # Dead letters leave in the order in which the messages were in the queue.
+            for entry in sorted(each.entry for each in group):
+                (queue.ack if how is Settlement.ACK else queue.reject)(entry)
             queue.dispatch()
         if self._limit:
             self.dispatch()
