@@ -169,21 +169,20 @@ class Queue:
 
     # What comes in
 
-    @property
-    def is_refusing(self) -> bool:
-        """Whether it is full and refuses what is published."""
+    def refuses(self, message: Message) -> bool:
+        """Tell whether it is too full for a message, and refuses what does not fit."""
         limits = self.arguments
         if limits.overflow == "drop-head":
             return False
         # A quorum queue notices that it is full only once it holds more than it should.
-        slack = 1 if limits.is_quorum else 0
-        return (limits.max_length is not None and self.count >= limits.max_length + slack) or (
-            limits.max_bytes is not None and self.bytes >= limits.max_bytes + slack
+        count, size = (0, 0) if limits.is_quorum else (1, len(message.body))
+        return (limits.max_length is not None and self.count + count > limits.max_length) or (
+            limits.max_bytes is not None and self.bytes + size > limits.max_bytes
         )
 
     def publish(self, message: Message) -> bool:
         """Take a message, hand it out if a consumer waits. Return False if it is full."""
-        if self.is_refusing:
+        if self.refuses(message):
             if self.arguments.overflow == "reject-publish-dlx":
                 entry = self._entry(message)
                 self.host.keep(entry)

@@ -9,6 +9,12 @@ DIFFERENCES = {
     "frames_out_of_place[unknown_method]": "540, where RabbitMQ cuts the connection",
     "frames_out_of_place[unknown_field]": "502 with the reason, where RabbitMQ cuts the connection",
     "frames_out_of_place[properties_cut]": "502 with the reason, where RabbitMQ says 541 without",
+    "an_expired_message_behind_the_head_is_counted[quorum]": (
+        "what has expired behind the head is not counted once it is the head, nor who gets singly"
+    ),
+    "a_large_message_drops_several[quorum]": (
+        "what is dropped at once dies in the order of the queue"
+    ),
     "a_cancelled_consumer_may_settle_what_it_has[quorum]": (
         "a cancelled consumer is not counted any more, also while deliveries of it are unsettled"
     ),

@@ -7,8 +7,8 @@ Two brokers agree on a scenario if the dialogues are equal. So nothing may be in
 from run to run: server-generated names become numbered ones, times of the broker become `now`,
 and what may come in any order is awaited by `any_order`.
 
-A scenario is sure to see everything, whatever the load of the machine, since it says how many events it
-awaits. What comes beyond that is looked for at its end, and written down as well.
+A scenario is sure to see everything, whatever the load of the machine, since it says how many
+events it awaits. What comes beyond that is looked for at its end, and written down as well.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ GENERATED = re.compile(r"(amq\.gen|amq\.ctag|amq\.rabbitmq\.reply-to)([-.][\w+/=
 VHOST = "VHOST"
 
 
-class Silence(Exception):  # noqa: N818 (it is what came, no fault of the scenario)
+class Silence(Exception):
     """What had to come did not, or the connection has ended."""
 
 
@@ -171,7 +171,9 @@ class Stage:
 
         def take_all() -> int:
             channel = self.inspector
-            while (event := channel.ask(spec.Basic.Get(queue=queue, no_ack=True))).properties is not None:
+            while (
+                event := channel.ask(spec.Basic.Get(queue=queue, no_ack=True))
+            ).properties is not None:
                 taken.append(event)
             if event.name != "basic.get-empty":
                 raise Silence(f"{queue}: {event}")
@@ -216,7 +218,7 @@ class Stage:
         return self._inspector
 
     def remember_queue(self, name: str) -> None:
-        """Delete this queue in the end, so that the next scenario begins with an empty virtual host."""
+        """Delete this queue in the end: the next scenario begins with an empty virtual host."""
         self._made["queue", name] = spec.Queue.Delete(queue=name)
 
     def remember_exchange(self, name: str) -> None:
@@ -227,11 +229,13 @@ class Stage:
     def normalise(self, text: str) -> str:
         """Return the text without what differs from run to run."""
         text = GENERATED.sub(self._number, text)
-        return text.replace(f"'{self.vhost}'", f"'{VHOST}'").replace(f" {self.vhost} ", f" {VHOST} ")
+        return text.replace(f"'{self.vhost}'", f"'{VHOST}'").replace(
+            f" {self.vhost} ", f" {VHOST} "
+        )
 
     def _delete_all(self) -> None:
         def deleted(method: amqp_object.Method) -> bool:
-            # An exclusive queue is locked (405) until the end of its connection has gone all the way.
+            # An exclusive queue is locked (405) until its connection has ended all the way.
             return self.inspector.ask(method).arguments.get("reply_code") != spec.RESOURCE_LOCKED
 
         for method in self._made.values():
@@ -519,7 +523,9 @@ class Channel:
             if wait:
                 self._await_confirm(self._published)
 
-    def post(self, key: str, body: bytes | str = b"", exchange: str = "", **properties: Any) -> None:
+    def post(
+        self, key: str, body: bytes | str = b"", exchange: str = "", **properties: Any
+    ) -> None:
         """Publish without a line, and return when the message is where it belongs."""
         assert self.is_confirming, "only a channel in confirm mode can tell when"
         body = body.encode() if isinstance(body, str) else body
@@ -638,9 +644,7 @@ class Channel:
             self._note("<", event)
         return events
 
-    def next_event(
-        self, is_wanted: Callable[[Event], bool] = lambda _event: True
-    ) -> Event:
+    def next_event(self, is_wanted: Callable[[Event], bool] = lambda _event: True) -> Event:
         """Return the next event that is wanted, or the end of the channel or connection."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         while True:
@@ -674,7 +678,9 @@ class Channel:
     def _singly(self, event: Event) -> Iterable[Event]:
         """Split a multiple confirm: how many a broker answers at once is a matter of chance."""
         last = event["delivery_tag"]
-        tags = [tag for tag in self._unconfirmed if tag == last or (event["multiple"] and tag < last)]
+        tags = [
+            tag for tag in self._unconfirmed if tag == last or (event["multiple"] and tag < last)
+        ]
         for tag in tags or [-last]:  # one that nobody waits for is an error, and is to be seen
             yield Event(self.number, event.name, {"delivery_tag": tag})
         self._unconfirmed = [tag for tag in self._unconfirmed if tag not in tags]

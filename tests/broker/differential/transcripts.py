@@ -70,7 +70,8 @@ def main() -> int:
         if options.action == "record":
             write({**read(), **{scenario.name: scenario.dialogue(url) for scenario in chosen}})
             return 0
-        return int(any([_differs(scenario, url) for _ in range(options.times) for scenario in chosen]))
+        played = [_differs(each, url) for _ in range(options.times) for each in chosen]
+        return int(any(played))
 
 
 def _differs(scenario: Scenario, url: str) -> bool:

@@ -223,6 +223,7 @@ def _note_end(stage: Stage, channel: Channel) -> None:
     except Silence:
         stage.note("end of stream" if not channel.client.is_open else "no answer")
 
+
 def _method(index: int, arguments: bytes = b"") -> bytes:
     return struct.pack(">I", index) + arguments
 
@@ -252,7 +253,12 @@ BROKEN: dict[str, tuple[tuple[int, bytes], ...]] = {
     "properties_cut": ((1, PUBLISH), (2, _header(60, 0, 0x8000) + b"\5ab")),
     "table_cut": ((1, codec.encode_method(spec.Queue.Declare(queue="q"))[:-4] + b"\0\0\0\7\1a"),),
     "unknown_field": (
-        (1, codec.encode_method(spec.Queue.Declare(queue="q", arguments={"a": codec.Field("?", b"")}))),
+        (
+            1,
+            codec.encode_method(
+                spec.Queue.Declare(queue="q", arguments={"a": codec.Field("?", b"")})
+            ),
+        ),
     ),
     "heartbeat_on_a_channel": ((8, b""),),
     "heartbeat_with_content": ((8, b"beat"),),

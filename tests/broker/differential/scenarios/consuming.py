@@ -85,7 +85,7 @@ def a_tag_may_be_used_again_once_cancelled(stage: Stage) -> None:
 
 @each(**KINDS)
 def an_exclusive_consumer_is_alone(stage: Stage, arguments: Any) -> None:
-    """403 for a second one, and for an exclusive one where there is one; quorum queues allow all."""
+    """403 for a second one, or an exclusive one where there is one; quorum queues allow all."""
     client = stage.connect()
     channel = client.open()
     channel.declare("q", "durable", **arguments)

@@ -226,7 +226,7 @@ def dead_letters_to_a_missing_exchange_are_dropped(stage: Stage) -> None:
 
 @scenario
 def dead_letters_go_to_many(stage: Stage) -> None:
-    """A dead letter is routed as any message is, by an internal exchange and by an alternate too."""
+    """A dead letter is routed as any message is, also by an internal or alternate exchange."""
     channel = stage.open(confirm=True)
     channel.declare_exchange("dlx", "direct", "internal", alternate_exchange="amq.fanout")
     for queue in ("one", "two"):
@@ -272,7 +272,7 @@ def purged_and_deleted_messages_are_no_dead_letters(stage: Stage) -> None:
 
 @scenario
 def at_least_once_dead_letters_arrive(stage: Stage) -> None:
-    """A quorum queue with at-least-once and reject-publish: what 3.10.8 takes, and the same headers."""
+    """A quorum queue with at-least-once and reject-publish, as 3.10.8 takes them."""
     channel = stage.open(confirm=True)
     channel.declare("dead", "durable", x_queue_type="quorum")
     channel.declare(

@@ -31,7 +31,7 @@ def a_queue_is_declared_and_declared_again(stage: Stage) -> None:
     classic=(("durable",), {"x_queue_type": "classic"}),
 )
 def any_two_kinds_of_queue_are_not_the_same(stage: Stage, case: Any) -> None:
-    """What exists must be declared with what it has: all else is 406, and names the first difference."""
+    """What exists is declared with what it has: else 406 names the first difference."""
     flags, arguments = case
     client = stage.connect()
     client.open().declare("q", *flags, **arguments)
@@ -55,7 +55,7 @@ def any_two_kinds_of_queue_are_not_the_same(stage: Stage, case: Any) -> None:
     unknown=("x_unknown", 1, 2),
 )
 def an_argument_of_another_value_is_refused(stage: Stage, case: Any) -> None:
-    """The text of the 406 names the argument and both values; what RabbitMQ does not know may differ."""
+    """The 406 names the argument and both values; what RabbitMQ does not know may differ."""
     name, value, other = case
     client = stage.connect()
     client.open().declare("q", **{name: value})

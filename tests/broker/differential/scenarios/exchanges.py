@@ -19,7 +19,7 @@ from tests.broker.differential.registry import each, scenario
     unknown_argument=(("direct",), {"x_unknown": "value"}),
 )
 def any_two_kinds_of_exchange_are_not_the_same(stage: Stage, case: Any) -> None:
-    """What exists must be declared with what it has: all else is 406, and names the first difference."""
+    """What exists is declared with what it has: else 406 names the first difference."""
     kind, arguments = case
     client = stage.connect()
     client.open().declare_exchange("e", *kind, **arguments)
@@ -245,7 +245,23 @@ def a_topic_pattern_matches_words(stage: Stage, pattern: str) -> None:
     channel = stage.open(confirm=True)
     channel.declare("q")
     channel.bind("q", "amq.topic", pattern)
-    keys = ("", "a", "b", "a.b", "a.c", "a.b.b", "a.c.b", "c.a.b", ".", "a.", ".b", "a..b", "a*", "#", "*")
+    keys = (
+        "",
+        "a",
+        "b",
+        "a.b",
+        "a.c",
+        "a.b.b",
+        "a.c.b",
+        "c.a.b",
+        ".",
+        "a.",
+        ".b",
+        "a..b",
+        "a*",
+        "#",
+        "*",
+    )
     for key in keys:
         channel.post(key, key, exchange="amq.topic")
     stage.drain("q", 0)

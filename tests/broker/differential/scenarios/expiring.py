@@ -59,6 +59,20 @@ def a_message_expires_at_the_head_only(stage: Stage, arguments: Any) -> None:
 
 
 @each(**KINDS)
+def an_expired_message_behind_the_head_is_counted(stage: Stage, arguments: Any) -> None:
+    """Or not: what basic.get tells of the messages behind the one it takes."""
+    channel = stage.open(confirm=True)
+    channel.declare("clock", x_message_ttl=100)
+    channel.declare("q", "durable", **arguments)
+    channel.publish("q", "long")
+    channel.publish("q", "short", expiration="20")
+    channel.post("clock", "tick")
+    stage.count("clock", 0)
+    channel.get("q")
+    stage.count("q", 0, 1 if arguments else 0)
+
+
+@each(**KINDS)
 def a_time_of_zero_expires_at_once(stage: Stage, arguments: Any) -> None:
     """Unless a consumer waits: then the message is delivered."""
     channel = stage.open(confirm=True)
@@ -240,6 +254,34 @@ def bytes_are_limited_too(stage: Stage, arguments: Any) -> None:
     stage.drain("q", 0)
 
 
+@each(**KINDS)
+def a_large_message_drops_several(stage: Stage, arguments: Any) -> None:
+    """In which order they become dead letters."""
+    channel = stage.open(confirm=True)
+    channel.declare("dead")
+    channel.declare("q", "durable", x_max_length_bytes=10, **TO_DEAD, **arguments)
+    for body in ("one", "two", "three", "a large one"[:10]):
+        channel.post("q", body)
+    stage.drain("dead", 3)
+    stage.drain("q", 1)
+
+
+@each(
+    drop_head={"x_max_length_bytes": 10},
+    reject={"x_max_length_bytes": 10, "x_overflow": "reject-publish"},
+    reject_dlx={"x_max_length_bytes": 10, "x_overflow": "reject-publish-dlx"},
+)
+def a_message_that_does_not_fit(stage: Stage, arguments: Any) -> None:
+    """What a queue does with one that is too large for what room is left, or for any."""
+    channel = stage.open(confirm=True)
+    channel.declare("dead")
+    channel.declare("q", **TO_DEAD, **arguments)
+    for body in (b"a" * 6, b"b" * 5, b"c" * 4, b"d" * 11):
+        channel.publish("q", body)
+    stage.drain("dead", 0)
+    stage.drain("q", 0)
+
+
 @scenario
 def both_limits_hold(stage: Stage) -> None:
     """Whichever is reached first."""
@@ -254,7 +296,9 @@ def both_limits_hold(stage: Stage) -> None:
 def a_full_quorum_queue_may_refuse_publishes(stage: Stage) -> None:
     """A quorum queue refuses a message or two later than a classic one; what it took it has."""
     channel = stage.open(confirm=True)
-    channel.declare("q", "durable", x_queue_type="quorum", x_max_length=1, x_overflow="reject-publish")
+    channel.declare(
+        "q", "durable", x_queue_type="quorum", x_max_length=1, x_overflow="reject-publish"
+    )
     for body in ("one", "two", "three", "four"):
         channel.publish("q", body)
     stage.drain("q", 1)
@@ -262,7 +306,7 @@ def a_full_quorum_queue_may_refuse_publishes(stage: Stage) -> None:
 
 @scenario
 def messages_of_higher_priority_come_first(stage: Stage) -> None:
-    """Above the maximum is the maximum, and without one is zero; order is kept within a priority."""
+    """Above the maximum is the maximum, none is zero; order is kept within a priority."""
     channel = stage.open(confirm=True)
     channel.declare("q", x_max_priority=5)
     for number, priority in enumerate((0, 5, 3, 9, 3, None, 1, 255, 5)):

@@ -66,7 +66,7 @@ def a_reply_consumer_can_be_cancelled(stage: Stage) -> None:
     server = _consume_requests(stage)
     client = stage.connect().open()
     client.consume(REPLY_TO, "", "no_ack", "exclusive")
-    address = _address(client, server)
+    _address(client, server)
     tag = client.consume("requests", "", "no_ack")["consumer_tag"]
     client.cancel(tag)
     client.consume(REPLY_TO, "replies", "no_ack")

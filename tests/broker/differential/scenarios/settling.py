@@ -13,9 +13,7 @@ from tests.broker.differential.registry import each, scenario
 KINDS: dict[str, dict[str, Any]] = {"classic": {}, "quorum": {"x_queue_type": "quorum"}}
 
 #: A quorum queue with a delivery limit puts what is given back elsewhere than one without.
-LIMITED: dict[str, dict[str, Any]] = {
-    "limited": {"x_queue_type": "quorum", "x_delivery_limit": 20}
-}
+LIMITED: dict[str, dict[str, Any]] = {"limited": {"x_queue_type": "quorum", "x_delivery_limit": 20}}
 
 BODIES = ("one", "two", "three", "four", "five")
 
@@ -138,7 +136,7 @@ def messages_requeued_singly_backwards(stage: Stage, arguments: Any) -> None:
 
 @each(**KINDS, **LIMITED)
 def a_consumer_gets_again_what_it_requeues(stage: Stage, arguments: Any) -> None:
-    """With one consumer a requeued message is redelivered to it, before the next if prefetch is 1."""
+    """With one consumer a requeued message comes back to it, before the next if prefetch is 1."""
     _filled(stage, arguments)
     consumer = stage.open()
     consumer.qos(1)
