@@ -22,8 +22,8 @@ lint: install ## look for mistakes and bad style
 types: install ## check the types
 	$(BIN)/mypy
 
-test: install ## run the tests (ARGS="-k words"); real RabbitMQ if it is installed
-	$(BIN)/python -m pytest $(ARGS)
+test: install ## run the tests (ARGS="-k words"), also on RabbitMQ if it is installed
+	$(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tests)
 
 check: lint types test ## all that a change must pass
 

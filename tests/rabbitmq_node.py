@@ -9,7 +9,9 @@ its data and its log are its own, under one temporary folder, and it listens on 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -19,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import quote
 
 HOST = "127.0.0.1"
@@ -34,14 +38,31 @@ DEADLINE_SECONDS = 120.0
 #: what the last line names and removes the folder.
 GUARD = 'while read -r line; do pids=$line; done; kill -KILL $pids 2>/dev/null; rm -rf "$0"'
 
-#: Erlang: deletes the virtual hosts of one list and makes those of the other, for guest.
+#: The name of the node. No other node meets it, since its epmd is its own.
+NODE_NAME = "postage-test@localhost"
+
+#: Erlang: deletes virtual hosts.
+DELETE_VHOSTS = """
+    [rabbit_vhost:delete(V, <<"tests">>) || V <- [{old}]].
+"""
+
+#: Erlang: deletes the virtual hosts of one list, which nobody waits for since it takes as long as
+#: to make them, and makes those of the other, for guest.
 REPLACE_VHOSTS = """
-    [rabbit_vhost:delete(V, <<"tests">>) || V <- [{old}]],
+    spawn(fun() -> [rabbit_vhost:delete(V, <<"tests">>) || V <- [{old}]] end),
     [begin
         ok = rabbit_vhost:add(V, <<"tests">>),
         ok = rabbit_auth_backend_internal:set_permissions(
             <<"guest">>, V, <<".*">>, <<".*">>, <<".*">>, <<"tests">>)
     end || V <- [{new}]].
+"""
+
+
+#: Erlang: closes the connections to a virtual host.
+CLOSE_CONNECTIONS = """
+    [rabbit_networking:close_connection(Pid, "{reason}")
+        || [{{pid, Pid}}, {{vhost, {vhost}}}]
+        <- rabbit_networking:connection_info_all([pid, vhost])].
 """
 
 
@@ -58,6 +79,42 @@ def find_scripts() -> Path | None:
     return Path(on_path).resolve().parent if on_path else None
 
 
+@dataclass(frozen=True)
+class QueueRow:
+    """A queue as the broker sees it; `type` is ``classic`` or ``quorum``."""
+
+    name: str
+    type: str
+    durable: bool
+    auto_delete: bool
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BindingRow:
+    """A binding of a queue to an exchange, as the broker sees it."""
+
+    source: str
+    key: str
+    destination: str
+
+
+@dataclass(frozen=True)
+class ConsumerRow:
+    """A consumer as the broker sees it."""
+
+    queue: str
+    prefetch: int
+
+
+@dataclass(frozen=True)
+class ConnectionRow:
+    """A connection as the broker sees it; `name` is what the client calls it."""
+
+    name: str
+    channels: int
+
+
 class RabbitNode:
     """A RabbitMQ node that lives as long as its ``with`` block.
 
@@ -70,7 +127,7 @@ class RabbitNode:
         if scripts is None:
             raise FileNotFoundError("rabbitmq-server is not installed")
         self._scripts = scripts
-        self.port, distribution_port, epmd_port = _free_ports(3)
+        self.port, distribution_port, epmd_port = free_ports(3)
         self.folder = Path(tempfile.mkdtemp(prefix="postage-rabbitmq-"))
         self._environment = self._write_settings(config, distribution_port, epmd_port)
         self._node: subprocess.Popen[bytes] | None = None
@@ -195,8 +252,8 @@ class RabbitNode:
         return result.stdout
 
     def replace_vhosts(self, old: Iterable[str], new: Iterable[str]) -> None:
-        """Delete virtual hosts and make others, all by one call of rabbitmqctl."""
-        self.ctl("eval", REPLACE_VHOSTS.format(old=_erlang_list(old), new=_erlang_list(new)))
+        """Delete virtual hosts soon, and make others at once, all by one call."""
+        self._eval(REPLACE_VHOSTS.format(old=_erlang_list(old), new=_erlang_list(new)))
 
     def add_vhost(self, name: str) -> str:
         """Make a virtual host in which guest may do everything, and return its URL."""
@@ -205,11 +262,97 @@ class RabbitNode:
 
     def delete_vhost(self, name: str) -> None:
         """Delete a virtual host with all that is in it."""
-        self.replace_vhosts([name], [])
+        self._eval(DELETE_VHOSTS.format(old=_erlang_list([name])))
+
+    def add_user(self, name: str, password: str, vhost: str) -> None:
+        """Make a user, who may do everything in a virtual host."""
+        self.ctl("add_user", name, password)
+        self.ctl("set_permissions", "-p", vhost, name, ".*", ".*", ".*")
+
+    def change_password(self, name: str, password: str) -> None:
+        """Give a user another password."""
+        self.ctl("change_password", name, password)
+
+    def delete_user(self, name: str) -> None:
+        """Delete a user."""
+        self.ctl("delete_user", name)
+
+    def close_connections(self, reason: str, vhost: str | None = None) -> None:
+        """Close the connections to a virtual host, or all, with reply code 320."""
+        which = "_" if vhost is None else f'<<"{vhost}">>'
+        self._eval(CLOSE_CONNECTIONS.format(vhost=which, reason=reason))
+
+    @contextlib.contextmanager
+    def memory_alarm(self) -> Iterator[None]:
+        """Block publishers for as long as the ``with`` block."""
+        self._eval("vm_memory_monitor:set_vm_memory_high_watermark(0.000001).")
+        try:
+            yield
+        finally:
+            self._eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4).")
+
+    def queues(self, vhost: str) -> list[QueueRow]:
+        """Return the queues of a virtual host."""
+        names = ("name", "type", "durable", "auto_delete", "arguments")
+        return [
+            QueueRow(
+                row["name"],
+                "quorum" if "quorum" in row["type"] else "classic",
+                row["durable"],
+                row["auto_delete"],
+                _table(row["arguments"]),
+            )
+            for row in self._rows("list_queues", "--vhost", vhost, *names)
+        ]
+
+    def bindings(self, vhost: str) -> list[BindingRow]:
+        """Return the bindings of a virtual host to named exchanges."""
+        names = ("source_name", "routing_key", "destination_name")
+        rows = self._rows("list_bindings", "--vhost", vhost, *names)
+        return [BindingRow(*(row[name] for name in names)) for row in rows if row["source_name"]]
+
+    def consumers(self, vhost: str) -> list[ConsumerRow]:
+        """Return the consumers of a virtual host."""
+        names = ("queue_name", "prefetch_count")
+        rows = self._rows("list_consumers", "--vhost", vhost, *names)
+        return [ConsumerRow(*(row[name] for name in names)) for row in rows]
+
+    def connections(self, vhost: str) -> list[ConnectionRow]:
+        """Return the connections to a virtual host."""
+        rows = self._rows("list_connections", "vhost", "client_properties", "channels")
+        return [
+            ConnectionRow(
+                _table(row["client_properties"]).get("connection_name", ""), row["channels"]
+            )
+            for row in rows
+            if row["vhost"] == vhost
+        ]
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the last lines of the node's log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _eval(self, expressions: str) -> None:
+        """Evaluate Erlang in the node. It takes milliseconds, if Erlang came with erl_call."""
+        if shutil.which("erl_call") is None:
+            self.ctl("eval", expressions)
+            return
+        result = subprocess.run(
+            ["erl_call", "-sname", NODE_NAME, "-e"],
+            env=self._environment,
+            input=f"{expressions}\n",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+        )
+        if not result.stdout.startswith("{ok,"):
+            raise RuntimeError(f"the node did not evaluate {expressions}\n{result.stdout}")
+
+    def _rows(self, *arguments: str) -> list[dict[str, Any]]:
+        """Return the rows of a list of rabbitmqctl."""
+        rows: list[dict[str, Any]] = json.loads(self.ctl(*arguments, "--formatter", "json"))
+        return rows
 
     @property
     def _log(self) -> Path:
@@ -243,7 +386,7 @@ class RabbitNode:
             "RABBITMQ_CTL_ERL_ARGS": "-start_epmd false",
             "RABBITMQ_DIST_PORT": str(distribution_port),
             "RABBITMQ_LOGS": "-",
-            "RABBITMQ_NODENAME": "postage-test@localhost",
+            "RABBITMQ_NODENAME": NODE_NAME,
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
                 "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
             ),
@@ -274,11 +417,16 @@ class RabbitNode:
             return False
 
 
+def _table(fields: list[list[Any]]) -> dict[str, Any]:
+    """Return a field table as a dict: rabbitmqctl prints name, type and value of each field."""
+    return {name: value for name, _type, value in fields}
+
+
 def _erlang_list(names: Iterable[str]) -> str:
     return ", ".join(f'<<"{name}">>' for name in names)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody uses.
 
     They lie below those that Linux gives to outgoing connections. A client that tries again and

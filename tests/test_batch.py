@@ -28,10 +28,8 @@ from postage.errors import (
     UnroutableError,
 )
 from postage.messaging import Batch, Exchange, GenericProducer
-from tests.rabbitmq_node import RabbitNode
+from tests.nodes import Node
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.rabbitmq
 
 
 class Letters(Exchange):
@@ -261,17 +259,17 @@ def test_without_a_broker_all_of_a_batch_fails_at_its_deadline(
 
 
 def test_what_was_written_and_never_confirmed_is_unknown(
-    rabbitmq_node: RabbitNode, mailbox: Mailbox, producer: Sender
+    node: Node, mailbox: Mailbox, producer: Sender
 ) -> None:
     """A frozen broker may have taken it."""
     producer.message_warm_up("warm up")
-    rabbitmq_node.suspend()
+    node.suspend()
     try:
         with pytest.raises(BatchError) as caught, producer.batch() as batch:
             for number in range(10):
                 batch.message_number(number, _timeout=0.3, _message_id=str(number))
     finally:
-        rabbitmq_node.resume()
+        node.resume()
 
     assert [str(number) for number in range(10)] == [each for each, _ in caught.value.unknown]
     assert {PublishUnknownError} == {type(error) for _id, error in caught.value.unknown}
@@ -279,7 +277,7 @@ def test_what_was_written_and_never_confirmed_is_unknown(
 
 
 def test_a_block_that_is_not_too_fast_does_not_fill_the_memory_either(
-    rabbitmq_node: RabbitNode, mailbox: Mailbox, broker_url: str
+    node: Node, mailbox: Mailbox, broker_url: str
 ) -> None:
     """While a broker is frozen, a batch waits as soon as its window is full."""
 
@@ -289,7 +287,7 @@ def test_a_block_that_is_not_too_fast_does_not_fill_the_memory_either(
     outstanding = 0
     with Impatient() as producer:
         producer.message_warm_up("warm up")
-        rabbitmq_node.suspend()
+        node.suspend()
         try:
             with pytest.raises(BatchError), producer.batch() as batch:
                 for number in range(BATCH_WINDOW + 10 * BATCH_CHUNK):
@@ -298,13 +296,13 @@ def test_a_block_that_is_not_too_fast_does_not_fill_the_memory_either(
                     if number % (BATCH_CHUNK // 2) == 0:
                         wait_until(lambda: not batch._chunk)
         finally:
-            rabbitmq_node.resume()
+            node.resume()
 
     assert outstanding <= BATCH_WINDOW + 2 * BATCH_CHUNK
 
 
 def test_a_connection_that_is_lost_during_a_batch_loses_nothing(
-    rabbitmq_node: RabbitNode, producer: Sender, broker_url: str
+    node: Node, producer: Sender, broker_url: str
 ) -> None:
     """What was in doubt is sent again, with the same id."""
     vhost = broker_url.rsplit("/", 1)[1]
@@ -316,7 +314,7 @@ def test_a_connection_that_is_lost_during_a_batch_loses_nothing(
     stop = threading.Event()
 
     def cut() -> None:
-        rabbitmq_node.ctl("close_all_connections", "--vhost", vhost, "cut by a test")
+        node.close_connections("cut by a test", vhost)
         stop.set()
 
     with producer.batch() as batch:

@@ -38,7 +38,7 @@ from postage.messaging import (
     Queue,
 )
 from postage.transport import connection as connections
-from tests.rabbitmq_node import RabbitNode
+from tests.nodes import Node
 from tests.waiting import wait_until
 
 
@@ -135,7 +135,6 @@ def count_of(channel: Any, queue: str) -> int:
 # ----------------------------------------------------------------------- consuming
 
 
-@pytest.mark.rabbitmq
 def test_a_consumer_calls_back_with_each_message(
     consumer: GenericConsumer, producer: Sender
 ) -> None:
@@ -164,7 +163,6 @@ def test_a_consumer_calls_back_with_each_message(
     assert "second" == consumer.decode(last)["content"]["parameters"]
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("queue", ["named", LETTERS, Queue(exclusive=True)])
 def test_what_is_sent_from_the_constructor_on_is_kept(
     producer: Sender, broker_url: str, queue: Any
@@ -177,7 +175,6 @@ def test_what_is_sent_from_the_constructor_on_is_kept(
         assert [0, 1, 2, 3, 4] == Reader(consumer).until(5)
 
 
-@pytest.mark.rabbitmq
 def test_consuming_can_be_stopped_and_started_again(
     consumer: GenericConsumer, producer: Sender
 ) -> None:
@@ -190,7 +187,6 @@ def test_consuming_can_be_stopped_and_started_again(
     assert [0, 1, 2] == reader.read
 
 
-@pytest.mark.rabbitmq
 def test_another_thread_can_stop_a_consumer(consumer: GenericConsumer) -> None:
     """One that waits for a message that does not come."""
     thread = threading.Thread(target=consumer.start_consuming, args=(print,))
@@ -202,7 +198,6 @@ def test_another_thread_can_stop_a_consumer(consumer: GenericConsumer) -> None:
     assert not thread.is_alive()
 
 
-@pytest.mark.rabbitmq
 def test_an_acknowledged_message_does_not_come_again(
     producer: Sender, broker_url: str, channel: Any
 ) -> None:
@@ -221,7 +216,6 @@ def test_an_acknowledged_message_does_not_come_again(
     assert 0 == count_of(channel, "kept")
 
 
-@pytest.mark.rabbitmq
 def test_a_rejected_message_comes_again_or_goes(
     producer: Sender, broker_url: str, channel: Any
 ) -> None:
@@ -237,7 +231,6 @@ def test_a_rejected_message_comes_again_or_goes(
     assert 0 == count_of(channel, "kept")
 
 
-@pytest.mark.rabbitmq
 def test_a_message_is_consumed_once_although_its_queue_has_two_keys(
     broker_url: str, channel: Any
 ) -> None:
@@ -252,7 +245,6 @@ def test_a_message_is_consumed_once_although_its_queue_has_two_keys(
         assert [(queue, "post"), (queue, "other"), (queue, "post")] == consumer.qk_list
 
 
-@pytest.mark.rabbitmq
 def test_the_broker_delivers_no_more_than_prefetch_ahead(producer: Sender, broker_url: str) -> None:
     """A class attribute."""
 
@@ -274,7 +266,6 @@ def test_the_broker_delivers_no_more_than_prefetch_ahead(producer: Sender, broke
         assert consumer.subscriber.inbox[-1].delivery_tag == 4
 
 
-@pytest.mark.rabbitmq
 def test_an_exception_of_the_callback_ends_consuming(
     consumer: GenericConsumer, producer: Sender
 ) -> None:
@@ -290,9 +281,8 @@ def test_an_exception_of_the_callback_ends_consuming(
     assert "1 unsettled" in repr(consumer)
 
 
-@pytest.mark.rabbitmq
 def test_a_consumer_goes_on_after_its_connection_was_lost(
-    rabbitmq_node: RabbitNode, producer: Sender, broker_url: str
+    node: Node, producer: Sender, broker_url: str
 ) -> None:
     """It declares, binds and consumes anew."""
     vhost = broker_url.rsplit("/", 1)[1]
@@ -301,7 +291,7 @@ def test_a_consumer_goes_on_after_its_connection_was_lost(
         producer.message_echo("before")
         reader.until(1)
         consumer.start()
-        rabbitmq_node.ctl("close_all_connections", "--vhost", vhost, "cut by a test")
+        node.close_connections("cut by a test", vhost)
         wait_until(lambda: consumer.conn_broker.losses == 1)
         wait_until(lambda: consumer.subscriber.consuming)
         producer.message_echo("after")
@@ -313,7 +303,6 @@ def test_a_consumer_goes_on_after_its_connection_was_lost(
 # ------------------------------------------------------------------------- topology
 
 
-@pytest.mark.rabbitmq
 def test_queues_that_are_added_while_consuming_are_consumed(
     consumer: GenericConsumer, producer: Sender
 ) -> None:
@@ -342,7 +331,6 @@ def test_queues_that_are_added_while_consuming_are_consumed(
     assert ["post", "parcel", "late", "last"] == read
 
 
-@pytest.mark.rabbitmq
 def test_a_name_that_was_declared_already_means_that_queue(
     consumer: GenericConsumer, producer: Sender
 ) -> None:
@@ -353,7 +341,6 @@ def test_a_name_that_was_declared_already_means_that_queue(
     assert ["T"] == Reader(consumer).until(1)
 
 
-@pytest.mark.rabbitmq
 def test_a_binding_can_be_taken_back(consumer: GenericConsumer, producer: Sender) -> None:
     """The queue stays, and what is in it."""
     consumer.queue_bind(Letters, LETTERS, "other")
@@ -366,9 +353,8 @@ def test_a_binding_can_be_taken_back(consumer: GenericConsumer, producer: Sender
     assert ["before", "post"] == Reader(consumer).until(2)
 
 
-@pytest.mark.rabbitmq
 def test_a_binding_that_was_taken_back_stays_so_on_the_next_connection(
-    rabbitmq_node: RabbitNode, producer: Sender, broker_url: str
+    node: Node, producer: Sender, broker_url: str
 ) -> None:
     """Bound again, it is bound."""
     vhost = broker_url.rsplit("/", 1)[1]
@@ -378,7 +364,7 @@ def test_a_binding_that_was_taken_back_stays_so_on_the_next_connection(
         consumer.queue_bind(Letters, "kept", "b")
         consumer.start()
         wait_until(lambda: consumer.subscriber.consuming)
-        rabbitmq_node.ctl("close_all_connections", "--vhost", vhost, "cut by a test")
+        node.close_connections("cut by a test", vhost)
         wait_until(lambda: consumer.conn_broker.losses == 1)
         wait_until(lambda: consumer.subscriber.consuming)
         producer.message_echo("a", _key="a", _mandatory=False)
@@ -388,7 +374,6 @@ def test_a_binding_that_was_taken_back_stays_so_on_the_next_connection(
         assert ["b", "post"] == Reader(consumer).until(2)
 
 
-@pytest.mark.rabbitmq
 def test_one_queue_can_be_stopped(consumer: GenericConsumer, producer: Sender) -> None:
     """The others go on, and one that is not consumed changes nothing."""
     other = Queue("other", exclusive=True)
@@ -409,7 +394,6 @@ class Audit(Queue):
     exclusive = True
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     "queue",
     [
@@ -435,7 +419,6 @@ def test_a_queue_can_be_given_in_several_forms(
         assert ["letter", "parcel"] == Reader(consumer).until(2)
 
 
-@pytest.mark.rabbitmq
 def test_the_class_says_what_is_consumed_if_nobody_else_does(
     producer: Sender, broker_url: str
 ) -> None:
@@ -454,7 +437,6 @@ def test_the_class_says_what_is_consumed_if_nobody_else_does(
         assert ([], []) == (consumer.eqk, consumer.qk_list)
 
 
-@pytest.mark.rabbitmq
 def test_flags_can_be_given_when_a_queue_is_bound(
     broker_url: str, producer: Sender, channel: Any
 ) -> None:
@@ -468,7 +450,6 @@ def test_flags_can_be_given_when_a_queue_is_bound(
             consumer.queue_bind(Letters, "mistyped", "post", durabel=True)
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     "eqk",
     [
@@ -488,7 +469,6 @@ def test_a_list_that_makes_no_sense_is_refused(broker_url: str, eqk: Any) -> Non
     gc.collect()
 
 
-@pytest.mark.rabbitmq
 def test_a_queue_with_other_arguments_is_an_error_that_says_so(
     broker_url: str, channel: Any
 ) -> None:
@@ -506,7 +486,6 @@ def test_a_queue_with_other_arguments_is_an_error_that_says_so(
     gc.collect()
 
 
-@pytest.mark.rabbitmq
 def test_a_queue_with_other_arguments_can_be_adopted(
     broker_url: str, channel: Any, producer: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,7 +503,6 @@ def test_a_queue_with_other_arguments_can_be_adopted(
         assert ["T"] == Reader(consumer).until(1)
 
 
-@pytest.mark.rabbitmq
 def test_an_exchange_of_another_type_is_an_error_that_says_so(
     broker_url: str, channel: Any
 ) -> None:
@@ -539,14 +517,12 @@ def test_an_exchange_of_another_type_is_an_error_that_says_so(
         GenericConsumer([(Mistaken, [(LETTERS, "post")])])
 
 
-@pytest.mark.rabbitmq
 def test_a_passive_queue_that_does_not_exist_is_an_error(broker_url: str) -> None:
     """It is only looked for."""
     with pytest.raises(ChannelClosedError, match=r"404 .*does not exist"):
         GenericConsumer([(Letters, [(Queue("missing", passive=True), "post")])])
 
 
-@pytest.mark.rabbitmq
 def test_a_queue_named_after_the_process_is_warned_of(
     broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -565,7 +541,6 @@ def test_a_queue_named_after_the_process_is_warned_of(
 # -------------------------------------------------------------------------- decoding
 
 
-@pytest.mark.rabbitmq
 def test_a_body_that_cannot_be_read_is_a_decode_error(broker_url: str) -> None:
     """Whatever the encoder raises: one of 1.2.1 knows no DecodeError."""
 
@@ -589,7 +564,6 @@ def test_a_body_that_cannot_be_read_is_a_decode_error(broker_url: str) -> None:
 # --------------------------------------------------------------------------- replying
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     ("message", "content"),
     [
@@ -620,14 +594,12 @@ def test_a_request_is_answered_where_it_says(
     )
 
 
-@pytest.mark.rabbitmq
 def test_an_answer_that_nobody_waits_for_is_no_error(broker_url: str) -> None:
     """The caller has gone."""
     with GenericConsumer() as consumer:
         consumer.rpc_reply(pika.BasicProperties(reply_to="gone"), 1)
 
 
-@pytest.mark.rabbitmq
 def test_an_answer_needs_an_address_and_a_value_that_can_be_written(
     broker_url: str, channel: Any
 ) -> None:
@@ -666,13 +638,12 @@ def test_without_a_broker_a_consumer_gives_up_after_its_timeout(
     assert 1.2 <= duration < 15.0
 
 
-@pytest.mark.rabbitmq
 def test_a_consumer_waits_for_a_broker_that_is_starting(
-    rabbitmq_node: RabbitNode, broker_url: str
+    node: Node, broker_url: str
 ) -> None:
     """Its constructor returns when the queue is there."""
-    rabbitmq_node.stop()
-    starter = threading.Thread(target=rabbitmq_node.start)
+    node.stop()
+    starter = threading.Thread(target=node.start)
     starter.start()
     try:
         with GenericConsumer([(Letters, [(LETTERS, "post")])]) as consumer, Sender() as producer:
@@ -682,7 +653,6 @@ def test_a_consumer_waits_for_a_broker_that_is_starting(
         starter.join()
 
 
-@pytest.mark.rabbitmq
 def test_a_wrong_password_is_an_error_at_once(
     broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -699,7 +669,6 @@ def test_a_wrong_password_is_an_error_at_once(
     assert duration < 15.0, "connect_timeout is 60 s"
 
 
-@pytest.mark.rabbitmq
 def test_a_closed_consumer_refuses_everything(broker_url: str) -> None:
     """Closing twice is fine."""
     consumer = GenericConsumer([(Letters, [(LETTERS, "post")])])
@@ -719,7 +688,6 @@ def test_a_closed_consumer_refuses_everything(broker_url: str) -> None:
             use()
 
 
-@pytest.mark.rabbitmq
 def test_a_consumer_can_be_closed_after_all_connections_were(
     consumer: GenericConsumer, producer: Sender
 ) -> None:
@@ -731,7 +699,6 @@ def test_a_consumer_can_be_closed_after_all_connections_were(
     assert not consumer.close()
 
 
-@pytest.mark.rabbitmq
 def test_closing_settles_what_was_decided(producer: Sender, broker_url: str, channel: Any) -> None:
     """The rest is delivered to others."""
     with producer.batch() as batch, GenericConsumer([(Letters, [("kept", "post")])]) as consumer:
@@ -746,7 +713,6 @@ def test_closing_settles_what_was_decided(producer: Sender, broker_url: str, cha
     ]
 
 
-@pytest.mark.rabbitmq
 def test_a_consumer_that_is_dropped_open_warns_and_keeps_nothing(
     producer: Sender, broker_url: str, channel: Any
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,11 +20,9 @@ from postage.generic_application import (
     LoggingProducerStub,
 )
 from postage.messaging import Fingerprint, GenericProducer, MessageHandler
+from tests.nodes import Node
 from tests.programs_for_tests.components import Running, raw_channel, rest_of, take
-from tests.rabbitmq_node import RabbitNode
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.rabbitmq
 
 
 class Caller(GenericProducer):
@@ -168,28 +165,18 @@ def test_two_processes_that_claim_one_instance_learn_of_it(
 # ------------------------------------------------------------------------------ queues
 
 
-def ctl(node: RabbitNode, broker_url: str, command: str, *columns: str) -> list[dict[str, Any]]:
-    """Return the rows of a list that rabbitmqctl prints."""
-    vhost = unquote(urlsplit(broker_url).path[1:])
-    rows: list[dict[str, Any]] = json.loads(
-        node.ctl(command, "-p", vhost, *columns, "--formatter", "json")
-    )
-    return rows
+def vhost_of(broker_url: str) -> str:
+    return unquote(urlsplit(broker_url).path[1:])
 
 
 def test_the_queues_of_an_application_outlive_what_they_must(
-    caller: Caller, broker_url: str, rabbitmq_node: RabbitNode
+    caller: Caller, broker_url: str, node: Node
 ) -> None:
     """Names, flags and arguments cannot be changed in the field."""
     with Running(application := Application("alpha", 1, groups=["red"])):
         wait_for_all([application])
-        rows = ctl(
-            rabbitmq_node, broker_url, "list_queues", "name", "durable", "auto_delete", "arguments"
-        )
-        bindings = ctl(
-            rabbitmq_node, broker_url, "list_bindings", "source_name", "routing_key",
-            "destination_name",
-        )  # fmt: skip
+        queues = node.queues(vhost_of(broker_url))
+        bindings = node.bindings(vhost_of(broker_url))
 
     shared = {
         "x-queue-type": "quorum",
@@ -205,8 +192,8 @@ def test_the_queues_of_an_application_outlive_what_they_must(
         "alpha#red.error": {"x-queue-type": "quorum"},
         "alpha@box": {"x-queue-type": "classic", "x-expires": 7 * 24 * 3600 * 1000},
         "alpha.1@box": {"x-queue-type": "classic", "x-expires": 600_000},
-    } == {row["name"]: arguments_of(row) for row in rows}
-    assert {(True, False)} == {(row["durable"], row["auto_delete"]) for row in rows}
+    } == {queue.name: queue.arguments for queue in queues}
+    assert {(True, False)} == {(queue.durable, queue.auto_delete) for queue in queues}
     assert {
         ("alpha/rr", "alpha"),
         ("alpha", "alpha.1@box"),
@@ -217,19 +204,14 @@ def test_the_queues_of_an_application_outlive_what_they_must(
         ("alpha#red", "alpha.1@box"),
         ("alpha#red/rr", "alpha#red"),
     } == {
-        (row["routing_key"], row["destination_name"])
-        for row in bindings
-        if row["source_name"] == "generic-application-exchange"
+        (binding.key, binding.destination)
+        for binding in bindings
+        if binding.source == "generic-application-exchange"
     }
 
 
-def arguments_of(row: dict[str, Any]) -> dict[str, Any]:
-    arguments = row["arguments"]
-    return {each[0]: each[2] for each in arguments} if isinstance(arguments, list) else arguments
-
-
 def test_each_queue_is_consumed_once_and_that_of_the_instance_exclusively(
-    caller: Caller, broker_url: str, rabbitmq_node: RabbitNode
+    caller: Caller, broker_url: str, node: Node
 ) -> None:
     """1.2.1 consumed the instance's queue once for each of its keys."""
     with Running(application := Application("alpha", 1, groups=["red"])):
@@ -237,7 +219,7 @@ def test_each_queue_is_consumed_once_and_that_of_the_instance_exclusively(
         caller.message_note("x", _key="alpha#red/rr")
         wait_until(lambda: len(application.log) == 2)
         wait_for_all([application])
-        rows = ctl(rabbitmq_node, broker_url, "list_consumers", "queue_name")
+        consumers = node.consumers(vhost_of(broker_url))
         with (
             raw_channel() as channel,
             pytest.raises(pika.exceptions.ChannelClosedByBroker) as error,
@@ -245,7 +227,7 @@ def test_each_queue_is_consumed_once_and_that_of_the_instance_exclusively(
             channel.basic_consume("alpha.1@box", print)
 
     assert ["alpha", "alpha#red", "alpha.1@box", "alpha@box"] == sorted(
-        row["queue_name"] for row in rows
+        consumer.queue for consumer in consumers
     )
     assert 403 == error.value.reply_code
 

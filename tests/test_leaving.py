@@ -22,12 +22,10 @@ from postage.messaging import (
     RpcHandler,
 )
 from postage.microthreads import MicroScheduler, sleep
+from tests.nodes import Node
 from tests.programs import Program
 from tests.programs_for_tests.components import Running, Sender, eqk_of, rest_of
-from tests.rabbitmq_node import RabbitNode
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.rabbitmq
 
 #: Seconds that a handler of a test waits for the test.
 PATIENCE = 60.0
@@ -431,11 +429,12 @@ def test_start_consuming_returns_although_a_handler_never_ends(kind: str, sender
     assert [kind] == names(rest_of("q"))
 
 
+@pytest.mark.embedded  # on RabbitMQ it takes long, and shows the same
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop_consuming", "close", "shutdown"])
-def test_a_component_leaves_without_a_broker(how: str, rabbitmq_node: RabbitNode) -> None:
+def test_a_component_leaves_without_a_broker(how: str, node: Node) -> None:
     """It does not wait for one to come back."""
-    with Sender(vhost=f"gone-{how}", hup=hup_of(rabbitmq_node, f"gone-{how}")) as sender:
+    with Sender(vhost=f"gone-{how}", hup=hup_of(node, f"gone-{how}")) as sender:
 
         class Own(Working):
             def __init__(self) -> None:
@@ -448,15 +447,15 @@ def test_a_component_leaves_without_a_broker(how: str, rabbitmq_node: RabbitNode
         with running:
             send(sender, "note")
             own.wait_for("noted")
-            rabbitmq_node.kill()
+            node.kill()
             try:
                 leave(how, own, running, sender)
                 running.join()
             finally:
-                rabbitmq_node.start()
+                node.start()
 
 
-def hup_of(node: RabbitNode, vhost: str) -> dict[str, Any]:
+def hup_of(node: Node, vhost: str) -> dict[str, Any]:
     node.add_vhost(vhost)
     return {"host": f"127.0.0.1:{node.port}", "user": "guest", "password": "guest"}
 

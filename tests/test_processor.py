@@ -35,6 +35,7 @@ from postage.messaging import (
     RpcHandler,
 )
 from postage.microthreads import ExitScheduler, MicroThread, sleep
+from tests.nodes import Node
 from tests.programs import Program
 from tests.programs_for_tests.components import (
     Running,
@@ -46,10 +47,7 @@ from tests.programs_for_tests.components import (
     rest_of,
     take,
 )
-from tests.rabbitmq_node import RabbitNode
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.rabbitmq
 
 FINGERPRINT = {"name": "tested", "type": "application"}
 
@@ -834,6 +832,7 @@ def test_a_blocking_call_of_three_heartbeats_keeps_the_connections_of_both_sides
     assert [] == rest_of("q") + rest_of("slow")
 
 
+@pytest.mark.embedded  # on RabbitMQ it takes long, and shows the same
 @pytest.mark.slow
 def test_an_idle_component_takes_less_than_a_hundredth_of_a_core(broker_url: str) -> None:
     """1.2.1 could not have a scheduler with two components that idle."""
@@ -1301,7 +1300,7 @@ def test_what_becomes_of_unhandled_messages_can_be_chosen(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_lost_when_the_broker_closes_the_connection_meanwhile(
-    kind: str, sender: Sender, rabbitmq_node: RabbitNode
+    kind: str, sender: Sender, node: Node
 ) -> None:
     """What was being handled is delivered again, what comes later is handled, too."""
     go_on = threading.Event()
@@ -1320,7 +1319,7 @@ def test_nothing_is_lost_when_the_broker_closes_the_connection_meanwhile(
         for number in range(50):
             sender.message_run(number)
             if number == 25:
-                rabbitmq_node.ctl("close_all_connections", "--global", "a test")
+                node.close_connections("a test")
         wait_until(lambda: {*range(50)} <= {*own.log})
         wait_until(lambda: not own._in_flight)
         losses = own.consumer.conn_broker.losses
@@ -1333,7 +1332,7 @@ def test_nothing_is_lost_when_the_broker_closes_the_connection_meanwhile(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "generator", "threaded", "async"])
 def test_a_message_is_delivered_again_if_the_connection_goes_while_it_is_handled(
-    kind: str, sender: Sender, rabbitmq_node: RabbitNode
+    kind: str, sender: Sender, node: Node
 ) -> None:
     """Its ack would name another message on the new channel, so it is dropped."""
     closed = threading.Event()
@@ -1370,7 +1369,7 @@ def test_a_message_is_delivered_again_if_the_connection_goes_while_it_is_handled
         sender.forward(command(kind))
         own.wait_for("begun")
         connection = own.consumer.conn_broker
-        rabbitmq_node.ctl("close_all_connections", "--global", "a test")
+        node.close_connections("a test")
         wait_until(lambda: connection.losses == 1)
         closed.set()
         wait_until(lambda: own.log.count("ended") == 2)

@@ -142,7 +142,6 @@ def complaint_of(call: Callable[[], Any], error_class: type[Exception]) -> str:
 # ------------------------------------------------------------------- magic names
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("name", ["message_a_message_b", "message_message_", "message_rpc_x"])
 def test_the_prefix_of_a_magic_name_is_taken_off_once(
     mailbox: Mailbox, producer: Sender, name: str
@@ -169,7 +168,6 @@ def test_hasattr_of_a_producer_tells_the_truth() -> None:
     assert hasattr(producer, "message_anything")
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     ("args", "kwds", "parameters"),
     [
@@ -196,7 +194,6 @@ def test_a_magic_message_takes_as_many_arguments_as_you_want(
     assert [parameters, parameters] == mailbox.parameters()
 
 
-@pytest.mark.rabbitmq
 def test_the_body_has_the_seven_keys_of_the_wire_format(mailbox: Mailbox, producer: Sender) -> None:
     """What travels is what 1.2.1 sent."""
     producer.message_echo("T")
@@ -213,7 +210,6 @@ def test_the_body_has_the_seven_keys_of_the_wire_format(mailbox: Mailbox, produc
     assert [expected] == mailbox.bodies()
 
 
-@pytest.mark.rabbitmq
 def test_a_builder_makes_the_message(mailbox: Mailbox, producer: Sender) -> None:
     """A build_message_x method gets the arguments, without those that steer the sending."""
     mailbox.bind("other")
@@ -226,7 +222,6 @@ def test_a_builder_makes_the_message(mailbox: Mailbox, producer: Sender) -> None
     assert {"parameters": {"number": 17, "paid": True}} == invoice["content"]
 
 
-@pytest.mark.rabbitmq
 def test_a_builder_may_be_set_on_the_instance(mailbox: Mailbox, producer: Sender) -> None:
     """1.2.1 looked builders up on the instance, so a function there is used as it is."""
     producer.build_message_greeting = partial(MessageCommand, "hello")  # type: ignore[attr-defined]
@@ -236,7 +231,6 @@ def test_a_builder_may_be_set_on_the_instance(mailbox: Mailbox, producer: Sender
     assert ["hello"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 def test_a_callable_given_with_the_call_builds_the_message(
     mailbox: Mailbox, producer: Sender
 ) -> None:
@@ -246,7 +240,6 @@ def test_a_callable_given_with_the_call_builds_the_message(
     assert ["online"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 def test_message_sends_a_message_without_a_type(mailbox: Mailbox, producer: Sender) -> None:
     """The arguments become args and kwds of the content, if there are any."""
     producer.message(1, "a", k=2)
@@ -261,7 +254,6 @@ def test_message_sends_a_message_without_a_type(mailbox: Mailbox, producer: Send
     }
 
 
-@pytest.mark.rabbitmq
 def test_forward_sends_a_body_as_it_is(mailbox: Mailbox, producer: Sender) -> None:
     """No fingerprint is added, and further arguments are ignored, as in 1.2.1."""
     mailbox.bind("other")
@@ -275,7 +267,6 @@ def test_forward_sends_a_body_as_it_is(mailbox: Mailbox, producer: Sender) -> No
     assert ("other", "17", body) == (method.routing_key, properties.message_id, forwarded)
 
 
-@pytest.mark.rabbitmq
 def test_a_text_file_can_be_sent(mailbox: Mailbox, producer: Sender, tmp_path: Path) -> None:
     """It becomes its name and its lines, which keep their ends."""
     file = tmp_path / "notes.txt"
@@ -289,7 +280,6 @@ def test_a_text_file_can_be_sent(mailbox: Mailbox, producer: Sender, tmp_path: P
 # --------------------------------------------------------------------- keywords
 
 
-@pytest.mark.rabbitmq
 def test_a_key_replaces_the_pairs_of_the_producer(mailbox: Mailbox, broker_url: str) -> None:
     """It goes to the first exchange, and to that alone."""
 
@@ -305,7 +295,6 @@ def test_a_key_replaces_the_pairs_of_the_producer(mailbox: Mailbox, broker_url: 
     assert ["all", "all", "one"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 def test_pairs_given_with_the_call_beat_a_key(mailbox: Mailbox, producer: Sender) -> None:
     """In 1.2.1 the key won, and the pairs leaked to the builder. Neither is in the content."""
     mailbox.bind("parcel", Parcels)
@@ -324,7 +313,6 @@ def test_pairs_given_with_the_call_beat_a_key(mailbox: Mailbox, producer: Sender
     assert (None, None, None) == mailbox.get()
 
 
-@pytest.mark.rabbitmq
 def test_the_exchange_of_a_pair_is_declared_before_its_first_use(producer: Sender) -> None:
     """In 1.2.1 a publish to one that did not exist closed the channel."""
 
@@ -336,7 +324,6 @@ def test_the_exchange_of_a_pair_is_declared_before_its_first_use(producer: Sende
     assert "exchange 'unheard-of' key 'k'" in complaint
 
 
-@pytest.mark.rabbitmq
 def test_a_message_can_go_to_one_queue(mailbox: Mailbox, producer: Sender) -> None:
     """The default exchange leads to it by its name."""
     producer.message_direct(_queue=mailbox.name)
@@ -375,7 +362,6 @@ def test_pairs_that_make_no_sense_are_refused(pairs: Any) -> None:
         Confused()
 
 
-@pytest.mark.rabbitmq
 def test_pairs_may_be_chosen_after_the_constructor(mailbox: Mailbox, broker_url: str) -> None:
     """1.2.1 looked at `eks` with each message, so a subclass could set it when it likes."""
 
@@ -429,7 +415,6 @@ def test_the_keywords_that_a_call_takes_are_named() -> None:
     assert "_confirm" not in complaint
 
 
-@pytest.mark.rabbitmq
 def test_a_message_takes_a_timeout(mailbox: Mailbox, producer: Sender) -> None:
     """It was a TypeError in 1.2.1."""
     producer.message_echo(_timeout=10)
@@ -462,7 +447,6 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(timeout: Any) -> None
 # ------------------------------------------------------------ properties and headers
 
 
-@pytest.mark.rabbitmq
 def test_properties_say_what_the_message_is(mailbox: Mailbox, producer: Sender) -> None:
     """It is persistent, and has a type, an id, a time and a sender."""
     before = int(time.time())
@@ -481,7 +465,6 @@ def test_properties_say_what_the_message_is(mailbox: Mailbox, producer: Sender) 
     assert (None, None, None, None) == unset
 
 
-@pytest.mark.rabbitmq
 def test_a_producer_without_a_name_sends_no_app_id(mailbox: Mailbox, broker_url: str) -> None:
     """There is nothing to say."""
     with Sender() as producer:
@@ -490,7 +473,6 @@ def test_a_producer_without_a_name_sends_no_app_id(mailbox: Mailbox, broker_url:
     assert mailbox.get()[1].app_id is None
 
 
-@pytest.mark.rabbitmq
 def test_the_encoder_says_what_the_content_type_is(mailbox: Mailbox, broker_url: str) -> None:
     """One that says nothing sends none."""
 
@@ -519,7 +501,6 @@ def test_the_encoder_says_what_the_content_type_is(mailbox: Mailbox, broker_url:
     assert ("application/x-shout", {"A": "B"}) == (properties.content_type, body)
 
 
-@pytest.mark.rabbitmq
 def test_a_transient_message_says_so(mailbox: Mailbox, broker_url: str) -> None:
     """The keyword wins over the attribute."""
 
@@ -533,7 +514,6 @@ def test_a_transient_message_says_so(mailbox: Mailbox, broker_url: str) -> None:
     assert [1, 2] == [mailbox.get()[1].delivery_mode for _ in range(2)]
 
 
-@pytest.mark.rabbitmq
 def test_headers_and_id_are_those_that_the_caller_gives(mailbox: Mailbox, producer: Sender) -> None:
     """The dict of the caller is not changed."""
     headers = {"tenant": "blue", "priority": -3, "urgent": True, "price": Decimal("1.5")}
@@ -546,7 +526,6 @@ def test_headers_and_id_are_those_that_the_caller_gives(mailbox: Mailbox, produc
     assert headers == given
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     ("keywords", "complaint"),
     [
@@ -573,7 +552,6 @@ def test_what_amqp_cannot_carry_is_refused_and_nothing_is_sent(
     assert ["good"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"bytes", object()])
 def test_what_json_cannot_carry_is_refused_and_nothing_is_sent(
     mailbox: Mailbox, producer: Sender, value: Any
@@ -592,7 +570,6 @@ def test_what_json_cannot_carry_is_refused_and_nothing_is_sent(
 # -------------------------------------------------------------------- fingerprint
 
 
-@pytest.mark.rabbitmq
 def test_entries_of_a_fingerprint_replace_those_of_the_automatic_one(
     mailbox: Mailbox, broker_url: str
 ) -> None:
@@ -617,7 +594,6 @@ def test_producers_do_not_share_a_fingerprint() -> None:
 # --------------------------------------------------------------------- what comes back
 
 
-@pytest.mark.rabbitmq
 def test_a_message_that_no_queue_is_bound_to_is_an_error_at_once(producer: Sender) -> None:
     """It vanished in 1.2.1."""
     before = time.monotonic()
@@ -631,7 +607,6 @@ def test_a_message_that_no_queue_is_bound_to_is_an_error_at_once(producer: Sende
     assert duration < 1.0
 
 
-@pytest.mark.rabbitmq
 def test_one_error_lists_what_was_delivered_and_what_was_not(
     mailbox: Mailbox, producer: Sender
 ) -> None:
@@ -646,7 +621,6 @@ def test_one_error_lists_what_was_delivered_and_what_was_not(
     assert ["echo", "echo"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 def test_a_message_that_nobody_has_to_hear_is_no_error(mailbox: Mailbox, broker_url: str) -> None:
     """The class attribute `mandatory` says so, or the keyword, which wins."""
 
@@ -660,7 +634,6 @@ def test_a_message_that_nobody_has_to_hear_is_no_error(mailbox: Mailbox, broker_
             chatty.message_echo(_key="nobody", _mandatory=True)
 
 
-@pytest.mark.rabbitmq
 def test_an_unconfirmed_message_is_sent(mailbox: Mailbox, broker_url: str) -> None:
     """The class attribute `confirm` says so, or the keyword."""
 
@@ -676,7 +649,6 @@ def test_an_unconfirmed_message_is_sent(mailbox: Mailbox, broker_url: str) -> No
     assert ["first", "second"] == names
 
 
-@pytest.mark.rabbitmq
 def test_an_unconfirmed_message_that_comes_back_is_logged(
     producer: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -686,7 +658,6 @@ def test_an_unconfirmed_message_that_comes_back_is_logged(
     wait_until(lambda: "no queue is bound to exchange 'letters'" in caplog.text)
 
 
-@pytest.mark.rabbitmq
 def test_a_full_queue_refuses_a_message(mailbox: Mailbox, producer: Sender) -> None:
     """Its nack is an error."""
     limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -698,7 +669,6 @@ def test_a_full_queue_refuses_a_message(mailbox: Mailbox, producer: Sender) -> N
     assert f"key {full!r}: the broker refused it" in complaint
 
 
-@pytest.mark.rabbitmq
 def test_an_exchange_of_another_type_is_an_error_that_names_it(
     mailbox: Mailbox, producer: Sender
 ) -> None:
@@ -716,7 +686,6 @@ def test_an_exchange_of_another_type_is_an_error_that_names_it(
     assert ["good"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 def test_a_passive_exchange_that_does_not_exist_is_an_error(producer: Sender) -> None:
     """It is only looked for."""
 
@@ -730,7 +699,6 @@ def test_a_passive_exchange_that_does_not_exist_is_an_error(producer: Sender) ->
     assert "'missing'" in complaint
 
 
-@pytest.mark.rabbitmq
 def test_a_future_tells_what_became_of_a_message(mailbox: Mailbox, producer: Sender) -> None:
     """The call itself returns before that."""
     futures = [producer.message_number(number, _future=True) for number in range(100)]
@@ -749,7 +717,6 @@ def test_a_future_tells_what_became_of_a_message(mailbox: Mailbox, producer: Sen
 # --------------------------------------------------------------------- connections
 
 
-@pytest.mark.rabbitmq
 def test_a_wrong_password_is_an_error_at_once_that_does_not_show_it(
     broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -779,7 +746,6 @@ def test_a_wrong_password_is_an_error_at_once_that_does_not_show_it(
     assert duration < 10.0
 
 
-@pytest.mark.rabbitmq
 def test_an_unknown_virtual_host_is_an_error_at_once(broker_url: str) -> None:
     """It names the virtual host."""
     with Sender(vhost="no/such") as producer:
@@ -815,7 +781,6 @@ def test_a_broker_that_does_not_answer_is_no_broker(silent_port: int) -> None:
     assert duration < 10.0
 
 
-@pytest.mark.rabbitmq
 def test_a_producer_connects_when_it_first_sends(mailbox: Mailbox, broker_url: str) -> None:
     """Making one costs nothing, and needs no broker."""
     with Sender() as producer:
@@ -826,7 +791,6 @@ def test_a_producer_connects_when_it_first_sends(mailbox: Mailbox, broker_url: s
         assert connections.State.READY is producer.conn_broker.state
 
 
-@pytest.mark.rabbitmq
 def test_producers_share_a_connection(mailbox: Mailbox, broker_url: str) -> None:
     """The end of one leaves it to the other."""
     with Sender() as first:
@@ -840,7 +804,6 @@ def test_producers_share_a_connection(mailbox: Mailbox, broker_url: str) -> None
     assert ["first", "second", "third"] == mailbox.names()
 
 
-@pytest.mark.rabbitmq
 def test_a_closed_producer_refuses_to_send(producer: Sender) -> None:
     """Closing twice is fine."""
     producer.message_echo(_mandatory=False)
@@ -862,7 +825,6 @@ def test_a_producer_that_never_sent_can_be_closed() -> None:
         producer.message_echo()
 
 
-@pytest.mark.rabbitmq
 def test_a_producer_can_be_closed_after_all_connections_were(producer: Sender) -> None:
     """As after a restart that failed: the error of that must not be hidden by another one."""
     producer.message_echo(_mandatory=False)
@@ -870,7 +832,6 @@ def test_a_producer_can_be_closed_after_all_connections_were(producer: Sender) -
     producer.close()
 
 
-@pytest.mark.rabbitmq
 def test_closing_waits_for_what_is_being_confirmed(mailbox: Mailbox, broker_url: str) -> None:
     """Nothing that was handed over before is lost."""
     with Sender() as producer:
@@ -880,7 +841,6 @@ def test_closing_waits_for_what_is_being_confirmed(mailbox: Mailbox, broker_url:
     assert 500 == len(mailbox.bodies())
 
 
-@pytest.mark.rabbitmq
 def test_a_producer_that_is_dropped_open_warns(mailbox: Mailbox, broker_url: str) -> None:
     """It holds a channel and its share of a connection."""
     producer = Sender()
@@ -910,7 +870,6 @@ def test_a_constructor_that_fails_leaves_nothing_to_warn_about(
     gc.collect()
 
 
-@pytest.mark.rabbitmq
 def test_what_is_sent_is_logged(
     mailbox: Mailbox, producer: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -986,7 +945,6 @@ def test_the_properties_of_a_message_can_be_asked_for() -> None:
     assert ("application/json", 2) == (properties.content_type, properties.delivery_mode)
 
 
-@pytest.mark.rabbitmq
 def test_the_low_level_senders_take_a_callable(mailbox: Mailbox, producer: Sender) -> None:
     """As upstream's tests do."""
     mailbox.bind("k")

@@ -18,12 +18,10 @@ import pytest
 from postage import restart
 from postage.generic_application import GenericApplicationExchange
 from postage.messaging import GenericProducer
+from tests.nodes import Node
 from tests.programs import ROOT, Program
 from tests.programs_for_tests.components import rest_of
-from tests.rabbitmq_node import RabbitNode
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.rabbitmq
 
 SCRIPT = "tests/programs_for_tests/restarting.py"
 
@@ -258,7 +256,7 @@ def test_what_is_sent_to_an_instance_while_it_restarts_waits_for_its_new_run(
 
 @pytest.mark.slow
 def test_a_restart_that_cannot_be_settled_does_not_happen(
-    broker_url: str, rabbitmq_node: RabbitNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    broker_url: str, node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Without the broker's consent it could come again and restart the new run, and so on.
 
@@ -272,13 +270,13 @@ def test_a_restart_that_cannot_be_settled_does_not_happen(
         program.wait_for_line("begun")
         caller.message_restart()
         program.wait_for_line("leaving")
-        rabbitmq_node.suspend()
+        node.suspend()
         try:
             file.touch()
             program.wait_for_line("no restart", timeout=90)
             assert 1 == len(starts_of(program))
         finally:
-            rabbitmq_node.resume()
+            node.resume()
         caller.message_note("on", _key="app/rr")
         program.wait_for_line("note on", timeout=90)
 
@@ -287,7 +285,7 @@ def test_a_restart_that_cannot_be_settled_does_not_happen(
 
 @pytest.mark.slow
 def test_a_call_that_a_failed_restart_interrupted_is_run_again(
-    broker_url: str, rabbitmq_node: RabbitNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    broker_url: str, node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It was taken for a repeated one that still runs, and was never answered."""
     monkeypatch.setenv("POSTAGE_URL", f"{broker_url}?heartbeat=2")
@@ -301,12 +299,12 @@ def test_a_call_that_a_failed_restart_interrupted_is_run_again(
         program.wait_for_line("begun")
         caller.message_restart()
         program.wait_for_line("leaving")
-        rabbitmq_node.suspend()
+        node.suspend()
         try:
             program.wait_for_line("no restart", timeout=90)
             file.touch()
         finally:
-            rabbitmq_node.resume()
+            node.resume()
 
         assert "answered" == reply.result(90).value
 

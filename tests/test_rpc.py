@@ -43,7 +43,7 @@ from postage.messaging import (
 )
 from postage.microthreads import MicroScheduler, MicroThread, sleep
 from postage.rpc import AnsweredCalls
-from tests.rabbitmq_node import RabbitNode
+from tests.nodes import Node
 from tests.waiting import wait_until
 
 FINGERPRINT = {
@@ -228,7 +228,6 @@ def name_and_text(reply: Message) -> tuple[Any, Any]:
 # --------------------------------------------------------------------------- results
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("value", ["T", 0, False, None, [], {"a": [1, None]}, "ü"])
 def test_a_call_returns_what_the_service_replied(
     service: Service, client: Client, value: Any
@@ -240,7 +239,6 @@ def test_a_call_returns_what_the_service_replied(
     assert (True, value, "") == (bool(reply), reply.value, reply.message)
 
 
-@pytest.mark.rabbitmq
 def test_a_result_has_a_message(service: Service, client: Client) -> None:
     """It travels beside the value."""
     reply = client.rpc_sum(1, 2, 3)
@@ -249,7 +247,6 @@ def test_a_result_has_a_message(service: Service, client: Client) -> None:
     assert {} == reply.body["fingerprint"]
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     ("command", "name", "text"),
     [
@@ -266,7 +263,6 @@ def test_a_call_that_fails_in_the_service_is_false(
     assert (name, text) == name_and_text(getattr(client, f"rpc_{command}")())
 
 
-@pytest.mark.rabbitmq
 def test_a_call_that_a_filter_keeps_away_is_false(service: Service, client: Client) -> None:
     """The caller hears why."""
     name, text = name_and_text(client.rpc_filtered())
@@ -275,7 +271,6 @@ def test_a_call_that_a_filter_keeps_away_is_false(service: Service, client: Clie
     assert text.startswith("filtered: ")
 
 
-@pytest.mark.rabbitmq
 def test_a_reply_that_cannot_be_written_is_an_exception_of_the_handler(
     service: Service, client: Client
 ) -> None:
@@ -286,13 +281,11 @@ def test_a_reply_that_cannot_be_written_is_an_exception_of_the_handler(
     assert "set" in text
 
 
-@pytest.mark.rabbitmq
 def test_the_prefix_of_a_call_is_taken_off_once(service: Service, client: Client) -> None:
     """1.2.1 sent rpc_do_rpc_x as the command do_x."""
     assert "no handler for rpc 'command' 'do_rpc_x'" == client.rpc_do_rpc_x().message
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     ("args", "kwds", "parameters"),
     [
@@ -309,7 +302,6 @@ def test_a_call_takes_as_many_arguments_as_you_want(
     assert parameters == client.rpc_echo(*args, **kwds).value
 
 
-@pytest.mark.rabbitmq
 def test_a_builder_makes_the_request(broker_url: str, service: Service) -> None:
     """For rpc_x and for rpc_queue_x."""
 
@@ -323,7 +315,6 @@ def test_a_builder_makes_the_request(broker_url: str, service: Service) -> None:
         assert 7 == reply.value  # type: ignore[attr-defined]
 
 
-@pytest.mark.rabbitmq
 def test_a_builder_of_rpc_queue_makes_a_call_that_blocks(broker_url: str, service: Service) -> None:
     """In 1.2.1 every rpc_queue_x was such a call; where it has a builder, it still is."""
 
@@ -338,7 +329,6 @@ def test_a_builder_of_rpc_queue_makes_a_call_that_blocks(broker_url: str, servic
 # ------------------------------------------------------------------------ no reply
 
 
-@pytest.mark.rabbitmq
 def test_a_call_that_no_queue_is_bound_to_is_false_at_once(client: Client) -> None:
     """It took 150 seconds with 1.2.1."""
     before = time.monotonic()
@@ -360,7 +350,6 @@ def declare_deserted(url: str, name: str) -> None:
         channel.queue_bind(name, exchange, f"{name}/rr")
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     "where",
     [{"_queue": "deserted"}, {"_eks": [(GenericApplicationExchange, "deserted/rr")]}],
@@ -379,7 +368,6 @@ def test_a_call_to_a_queue_that_nobody_consumes_is_false_soon(
     assert duration < 15.0, "the timeout is 30 s, five times"
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("queue", [Queue("service", exclusive=True), "service"])
 def test_a_service_that_takes_its_time_is_a_consumer(
     client: Client, queue: Any, caplog: pytest.LogCaptureFixture
@@ -391,7 +379,6 @@ def test_a_service_that_takes_its_time_is_a_consumer(
     assert caplog.text.count("RESOURCE_LOCKED") <= 1
 
 
-@pytest.mark.rabbitmq
 def test_a_call_that_nobody_answers_says_what_it_waited_for(
     client: Client, broker_url: str
 ) -> None:
@@ -403,7 +390,6 @@ def test_a_call_that_nobody_answers_says_what_it_waited_for(
     assert ("TimeoutError", text) == name_and_text(reply)
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("retries", [0, 3])
 def test_a_call_is_repeated_as_often_as_it_says(
     client: Client, broker_url: str, retries: int
@@ -419,7 +405,6 @@ def test_a_call_is_repeated_as_often_as_it_says(
     assert retries == len(others)
 
 
-@pytest.mark.rabbitmq
 def test_the_class_says_how_long_and_how_often(broker_url: str) -> None:
     """A negative timeout, and None, mean that of the class, as in 1.2.1."""
 
@@ -434,7 +419,6 @@ def test_the_class_says_how_long_and_how_often(broker_url: str) -> None:
         wait_until(lambda: len(server.requests) == 6)
 
 
-@pytest.mark.rabbitmq
 def test_a_timeout_of_zero_is_over_at_once(client: Client, broker_url: str) -> None:
     """As in 1.2.1."""
     with PikaServer(broker_url, silent):
@@ -443,7 +427,6 @@ def test_a_timeout_of_zero_is_over_at_once(client: Client, broker_url: str) -> N
     assert name in ("TimeoutError", "PublishTimeoutError")
 
 
-@pytest.mark.rabbitmq
 def test_an_instance_runs_a_repeated_request_once(service: Service, client: Client) -> None:
     """While it still runs, and when it is done. 1.2.1 ran it up to five times."""
     assert client.rpc_slow(0.7, _timeout=0.2, _max_retry=20)
@@ -456,7 +439,6 @@ def test_an_instance_runs_a_repeated_request_once(service: Service, client: Clie
     assert [0.7, "first"] == service.ran
 
 
-@pytest.mark.rabbitmq
 def test_a_late_reply_is_dropped(client: Client, broker_url: str) -> None:
     """The next call gets its own."""
     with PikaServer(broker_url, silent) as server:
@@ -469,7 +451,6 @@ def test_a_late_reply_is_dropped(client: Client, broker_url: str) -> None:
         assert "mine" == client.rpc_echo().value
 
 
-@pytest.mark.rabbitmq
 def test_a_second_reply_is_dropped(client: Client, broker_url: str) -> None:
     """The first one counts."""
     numbers = iter(range(100))
@@ -482,7 +463,6 @@ def test_a_second_reply_is_dropped(client: Client, broker_url: str) -> None:
         assert [0, 1, 2] == [client.rpc_echo().value for _ in range(3)]
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize(
     "body",
     [
@@ -507,7 +487,6 @@ def test_a_malformed_reply_is_an_error(client: Client, broker_url: str, body: by
     assert text.startswith("Malformed reply")
 
 
-@pytest.mark.rabbitmq
 def test_an_encoder_that_knows_no_decode_error_does_not_break_a_call(broker_url: str) -> None:
     """One of 1.2.1 raises what it likes."""
 
@@ -525,7 +504,6 @@ def test_an_encoder_that_knows_no_decode_error_does_not_break_a_call(broker_url:
     assert text.startswith("Malformed reply: Expecting value")
 
 
-@pytest.mark.rabbitmq
 def test_the_reply_keeps_the_fingerprint_of_the_replier(client: Client, broker_url: str) -> None:
     """1.2.1 lost it."""
     result = MessageResult(1)
@@ -535,7 +513,6 @@ def test_the_reply_keeps_the_fingerprint_of_the_replier(client: Client, broker_u
         assert "replier" == client.rpc_echo().body["fingerprint"]["name"]
 
 
-@pytest.mark.rabbitmq
 def test_a_reply_is_logged(
     service: Service, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -547,7 +524,6 @@ def test_a_reply_is_logged(
     assert [(">", True), ("<", True), (">", False), ("<", False)] == shown
 
 
-@pytest.mark.rabbitmq
 def test_a_reply_without_a_correlation_id_is_dropped_with_a_warning(
     client: Client, broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -566,7 +542,6 @@ def test_a_reply_without_a_correlation_id_is_dropped_with_a_warning(
 # ------------------------------------------------------------------- what is sent
 
 
-@pytest.mark.rabbitmq
 def test_a_request_says_who_waits_and_how_long(client: Client, broker_url: str) -> None:
     """It is transient, and the broker drops it when nobody waits any more."""
     with PikaServer(broker_url, responding(result_body(1))) as server:
@@ -594,7 +569,6 @@ def test_a_request_says_who_waits_and_how_long(client: Client, broker_url: str) 
     assert properties.message_id and properties.correlation_id and properties.timestamp
 
 
-@pytest.mark.rabbitmq
 def test_a_request_can_be_made_persistent(client: Client, broker_url: str) -> None:
     """For who wants that."""
     with PikaServer(broker_url, responding(result_body(1))) as server:
@@ -604,7 +578,6 @@ def test_a_request_can_be_made_persistent(client: Client, broker_url: str) -> No
     assert (2, "mine") == (properties.delivery_mode, properties.message_id)
 
 
-@pytest.mark.rabbitmq
 def test_a_call_goes_to_the_first_pair_only(service: Service, broker_url: str) -> None:
     """As in 1.2.1. Pairs given with the call beat a key, and neither is in the content."""
 
@@ -621,7 +594,6 @@ def test_a_call_goes_to_the_first_pair_only(service: Service, broker_url: str) -
 # ------------------------------------------------------------------------ waiting
 
 
-@pytest.mark.rabbitmq
 def test_two_hundred_calls_are_in_flight(service: Service, client: Client) -> None:
     """Each gets its own reply."""
     futures = [client.rpc_echo(number, _future=True) for number in range(200)]
@@ -629,7 +601,6 @@ def test_two_hundred_calls_are_in_flight(service: Service, client: Client) -> No
     assert list(range(200)) == [future.result(30).value for future in futures]
 
 
-@pytest.mark.rabbitmq
 def test_threads_call_with_one_client(service: Service, client: Client) -> None:
     """Each gets its own reply."""
     wrong: list[Any] = []
@@ -649,7 +620,6 @@ def test_threads_call_with_one_client(service: Service, client: Client) -> None:
     assert 400 == len(service.ran)
 
 
-@pytest.mark.rabbitmq
 def test_a_future_raises_only_for_its_own_timeout(service: Service, client: Client) -> None:
     """The call goes on. It never raises for what happens to the call."""
     future = client.rpc_wait("w", _future=True)
@@ -663,7 +633,6 @@ def test_a_future_raises_only_for_its_own_timeout(service: Service, client: Clie
     assert "UnroutableError" == lost.result(30).value
 
 
-@pytest.mark.rabbitmq
 def test_a_call_in_a_coroutine_is_awaited(service: Service, client: Client) -> None:
     """Messages, too."""
 
@@ -676,7 +645,6 @@ def test_a_call_in_a_coroutine_is_awaited(service: Service, client: Client) -> N
     assert (None, "one", list(range(20))) == asyncio.run(main())
 
 
-@pytest.mark.rabbitmq
 def test_blocking_forms_in_a_coroutine_raise(service: Service, client: Client) -> None:
     """They would stop the event loop. What to do instead is said, and nothing is sent."""
     queue = client.rpc_queue_echo()
@@ -703,7 +671,6 @@ def test_blocking_forms_in_a_coroutine_raise(service: Service, client: Client) -
     assert [{}, {}] == service.ran
 
 
-@pytest.mark.rabbitmq
 def test_a_call_in_a_microthread_is_yielded(service: Service, client: Client) -> None:
     """Others go on meanwhile."""
     replies: list[Any] = []
@@ -725,7 +692,6 @@ def test_a_call_in_a_microthread_is_yielded(service: Service, client: Client) ->
     assert [0, 1, 2, 3, 4, "UnroutableError"] == replies
 
 
-@pytest.mark.rabbitmq
 def test_a_handler_calls_its_own_component(broker_url: str, client: Client) -> None:
     """A generator handler can: it lets the component answer."""
 
@@ -742,9 +708,8 @@ def test_a_handler_calls_its_own_component(broker_url: str, client: Client) -> N
 # --------------------------------------------------------------------- lost connections
 
 
-@pytest.mark.rabbitmq
 def test_a_call_gets_its_reply_although_the_connection_was_lost(
-    rabbitmq_node: RabbitNode, client: Client, broker_url: str
+    node: Node, client: Client, broker_url: str
 ) -> None:
     """It is sent again, and the service does not run it again."""
     with running(Service("service")) as service:
@@ -752,7 +717,7 @@ def test_a_call_gets_its_reply_although_the_connection_was_lost(
         future = client.rpc_wait("during", _future=True)
         wait_until(lambda: service.ran == ["before", "during"])
         vhost = broker_url.rsplit("/", 1)[1]
-        rabbitmq_node.ctl("close_all_connections", "--vhost", vhost, "cut by a test")
+        node.close_connections("cut by a test", vhost)
         assert "after" == client.rpc_echo("after").value
         service.go_on.set()
 
@@ -760,19 +725,18 @@ def test_a_call_gets_its_reply_although_the_connection_was_lost(
         assert ["before", "during", "after"] == service.ran
 
 
-@pytest.mark.rabbitmq
 def test_a_call_that_was_sent_never_claims_that_it_was_not(
-    rabbitmq_node: RabbitNode, client: Client
+    node: Node, client: Client
 ) -> None:
     """The connection does not come back in time, and what the service did is not known."""
     with running(Service(Queue("service", exclusive=True))) as service:
         future = client.rpc_wait("taken", _future=True, _timeout=2, _max_retry=0)
         wait_until(lambda: service.ran == ["taken"])
-        rabbitmq_node.kill()
+        node.kill()
         try:
             name, text = name_and_text(future.result(30))
         finally:
-            rabbitmq_node.start()
+            node.start()
 
     assert "TimeoutError" == name
     assert "certainly not sent" not in text
@@ -818,7 +782,6 @@ def test_without_a_broker_a_reply_queue_is_an_error_at_its_deadline(closed_port:
         client.rpc_queue_echo()
 
 
-@pytest.mark.rabbitmq
 def test_a_wrong_password_makes_a_call_false_at_once(broker_url: str) -> None:
     """The text does not show it."""
     with Client(hup={**Client.hup, "password": "hunter2"}) as client:
@@ -829,7 +792,6 @@ def test_a_wrong_password_makes_a_call_false_at_once(broker_url: str) -> None:
     assert "hunter2" not in text
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_call_that_is_pending_when_its_client_is_closed_is_false(
     service: Service, broker_url: str, shared: bool
@@ -853,7 +815,6 @@ def test_a_call_that_is_pending_when_its_client_is_closed_is_false(
 # ------------------------------------------------------------------------ reply queues
 
 
-@pytest.mark.rabbitmq
 def test_replies_of_several_services_are_collected(broker_url: str, client: Client) -> None:
     """A key may lead to many queues. Each reply is also shown to the callback."""
     seen: list[Any] = []
@@ -868,7 +829,6 @@ def test_replies_of_several_services_are_collected(broker_url: str, client: Clie
     assert (["T"], ["T"]) == (first.ran, second.ran)
 
 
-@pytest.mark.rabbitmq
 def test_a_call_with_queue_only_returns_its_reply_queue(service: Service, client: Client) -> None:
     """The name of 1.2.1 for rpc_queue_x."""
     queue = client.rpc_echo("T", _queue_only=True)
@@ -877,7 +837,6 @@ def test_a_call_with_queue_only_returns_its_reply_queue(service: Service, client
     assert ["T"] == [reply.value for reply in client.consume_rpc(queue)]  # type: ignore[attr-defined]
 
 
-@pytest.mark.rabbitmq
 def test_too_few_replies_are_a_timeout(service: Service, client: Client) -> None:
     """The callback has seen those that came, and the queue is gone."""
     seen: list[Any] = []
@@ -890,7 +849,6 @@ def test_too_few_replies_are_a_timeout(service: Service, client: Client) -> None
         client.consume_rpc(queue)
 
 
-@pytest.mark.rabbitmq
 def test_a_malformed_reply_in_a_reply_queue_is_an_error(client: Client, broker_url: str) -> None:
     """As for other calls."""
     with PikaServer(broker_url, responding(b"not JSON", result_body(1))):
@@ -900,43 +858,40 @@ def test_a_malformed_reply_in_a_reply_queue_is_an_error(client: Client, broker_u
     assert (False, True) == (bool(first), bool(second))
 
 
-@pytest.mark.rabbitmq
 def test_a_reply_queue_that_nobody_can_answer_is_not_opened(
-    rabbitmq_node: RabbitNode, client: Client, broker_url: str
+    node: Node, client: Client, broker_url: str
 ) -> None:
     """The request was not routable. 1.2.1 returned a name."""
     with pytest.raises(UnroutableError):
         client.rpc_queue_echo()
 
-    assert [] == queues(rabbitmq_node, broker_url)
+    wait_until(lambda: [] == queues(node, broker_url))
 
 
-def queues(node: RabbitNode, url: str) -> list[str]:
+def queues(node: Node, url: str) -> list[str]:
     vhost = url.rsplit("/", 1)[1]
-    return node.ctl("list_queues", "--vhost", vhost, "name", "--no-table-headers").split()
+    return [queue.name for queue in node.queues(vhost)]
 
 
-@pytest.mark.rabbitmq
 def test_a_reply_queue_goes_with_its_producer(
-    rabbitmq_node: RabbitNode, service: Service, broker_url: str
+    node: Node, service: Service, broker_url: str
 ) -> None:
     """Even if others go on using the connection."""
     with Client() as other, Client() as client:
         assert other.rpc_echo()
         client.rpc_queue_echo()
         client.close()
-        wait_until(lambda: queues(rabbitmq_node, broker_url) == ["service"])
+        wait_until(lambda: queues(node, broker_url) == ["service"])
 
 
-@pytest.mark.rabbitmq
 def test_a_reply_queue_that_is_lost_is_an_error_at_once(
-    rabbitmq_node: RabbitNode, service: Service, client: Client, broker_url: str
+    node: Node, service: Service, client: Client, broker_url: str
 ) -> None:
     """It goes with its connection, and nothing can come any more."""
     queue = client.rpc_queue_wait()
     wait_until(lambda: service.ran)
     vhost = broker_url.rsplit("/", 1)[1]
-    rabbitmq_node.ctl("close_all_connections", "--vhost", vhost, "cut by a test")
+    node.close_connections("cut by a test", vhost)
 
     with pytest.raises(ConnectionLostError):
         client.consume_rpc(queue, timeout=30)
@@ -951,7 +906,6 @@ def answer_like_1_2_1(server: PikaServer, properties: Any, body: dict[str, Any])
     server._channel.basic_publish("", properties.reply_to, json.dumps(value.body))
 
 
-@pytest.mark.rabbitmq
 def test_a_service_of_1_2_1_can_be_called(
     broker_url: str, monkeypatch: pytest.MonkeyPatch, client: Client
 ) -> None:
@@ -967,7 +921,6 @@ def test_a_service_of_1_2_1_can_be_called(
     assert all(queue.startswith("amq.gen-") for queue in reply_queues)
 
 
-@pytest.mark.rabbitmq
 def test_a_class_can_say_that_its_services_run_1_2_1(broker_url: str) -> None:
     """Others of the process are not concerned."""
 
@@ -979,9 +932,8 @@ def test_a_class_can_say_that_its_services_run_1_2_1(broker_url: str) -> None:
         assert not other.rpc_echo("T", _timeout=0.2, _max_retry=0)
 
 
-@pytest.mark.rabbitmq
 def test_each_attempt_to_call_1_2_1_has_its_queue_and_leaves_none(
-    rabbitmq_node: RabbitNode, broker_url: str
+    node: Node, broker_url: str
 ) -> None:
     """Whether the call ends with a reply or with none."""
 
@@ -995,12 +947,11 @@ def test_each_attempt_to_call_1_2_1_has_its_queue_and_leaves_none(
             assert 3 == len({properties.reply_to for properties, _body in server.requests})
             assert 1 == len({properties.message_id for properties, _body in server.requests})
         assert "UnroutableError" == name_and_text(client.rpc_echo())[0]
-        wait_until(lambda: queues(rabbitmq_node, broker_url) == [])
+        wait_until(lambda: queues(node, broker_url) == [])
 
 
-@pytest.mark.rabbitmq
 def test_a_call_to_1_2_1_that_ends_before_its_queue_is_open_leaves_none(
-    rabbitmq_node: RabbitNode, broker_url: str
+    node: Node, broker_url: str
 ) -> None:
     """And sends no request then, which nobody would wait for."""
 
@@ -1011,12 +962,11 @@ def test_a_call_to_1_2_1_that_ends_before_its_queue_is_open_leaves_none(
         assert not client.rpc_echo(_timeout=0.2, _max_retry=0)
         for number in range(50):
             assert not client.rpc_echo(_timeout=0.0001 * number, _max_retry=0)
-        wait_until(lambda: queues(rabbitmq_node, broker_url) == [server.queue])
+        wait_until(lambda: queues(node, broker_url) == [server.queue])
 
 
-@pytest.mark.rabbitmq
 def test_a_call_to_1_2_1_survives_the_loss_of_its_connection(
-    rabbitmq_node: RabbitNode, broker_url: str
+    node: Node, broker_url: str
 ) -> None:
     """Its queue is gone, so it is sent again with another one."""
 
@@ -1027,7 +977,7 @@ def test_a_call_to_1_2_1_survives_the_loss_of_its_connection(
         future = client.rpc_wait("T", _future=True)
         wait_until(lambda: service.ran == ["T"])
         vhost = broker_url.rsplit("/", 1)[1]
-        rabbitmq_node.ctl("close_all_connections", "--vhost", vhost, "cut by a test")
+        node.close_connections("cut by a test", vhost)
         assert client.rpc_echo("after")
         service.go_on.set()
 

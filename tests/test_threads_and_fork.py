@@ -32,11 +32,8 @@ from postage.microthreads import MicroScheduler
 from tests.programs import Program
 from tests.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.rabbitmq,
-    # Python warns of a fork beside threads, since most libraries cannot bear it.
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),
-]
+# Python warns of a fork beside threads, since most libraries cannot bear it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 
 class Letters(Exchange):

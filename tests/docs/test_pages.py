@@ -17,7 +17,6 @@ PAGES = sorted(
 )
 
 
-@pytest.mark.rabbitmq
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(
     page: Path, tmp_path: Path, broker_url: str

@@ -25,7 +25,7 @@ from tests.interop.installation import Installation
 from tests.programs import Program
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.interop, pytest.mark.rabbitmq]
+pytestmark = pytest.mark.interop
 
 SEVEN_KEYS = {"type", "name", "category", "version", "fingerprint", "content", "_reserved"}
 

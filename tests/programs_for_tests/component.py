@@ -20,7 +20,9 @@ from postage.microthreads import MicroScheduler, sleep
 
 def say(text: str) -> None:
     """Write a line at once."""
-    print(text, flush=True)
+    # One write for both: print() lets the lines of two threads mix.
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 class Component(GenericApplication):

@@ -36,11 +36,10 @@ from postage.transport import connection as connections
 from postage.transport import hub as hubs
 from postage.transport.connection import Connection, Event, State
 from postage.transport.conversation import declare_exchange
+from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
 from tests.transport.proxy import Proxy
 from tests.waiting import wait_until
-
-rabbitmq = pytest.mark.rabbitmq
 
 #: Seconds after which an answer that has to come counts as missing.
 DEADLINE = 30.0
@@ -194,7 +193,6 @@ def test_the_versions_of_other_brokers_say_nothing(properties: dict[str, str] | 
 # ------------------------------------------------------------------------------ coming up
 
 
-@rabbitmq
 def test_a_connection_is_made_when_it_is_first_asked(settings: Settings) -> None:
     """Acquiring costs nothing; the first question connects."""
     with using(settings) as connection:
@@ -203,27 +201,24 @@ def test_a_connection_is_made_when_it_is_first_asked(settings: Settings) -> None
         assert State.READY is connection.state
 
 
-@rabbitmq
-def test_a_connection_shows_what_it_is_and_no_password(rabbitmq_node: RabbitNode) -> None:
+def test_a_connection_shows_what_it_is_and_no_password(node: Node) -> None:
     """The text form is for logs."""
-    settings = replace(settings_of(rabbitmq_node.url), password="secret")
-    url = f"amqp://guest@127.0.0.1:{rabbitmq_node.port}/%2F"
+    settings = replace(settings_of(node.url), password="secret")
+    url = f"amqp://guest@127.0.0.1:{node.port}/%2F"
     with using(settings) as connection:
         assert f"<Connection {url} to publish [disconnected]>" == repr(connection)
 
 
-@rabbitmq
 def test_the_broker_shows_what_a_connection_is_for(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """An operator finds the program, and which of its connections it is."""
     with using(settings, "consume") as connection:
         open_up(connection)
-        names = rabbitmq_node.ctl("list_connections", "client_properties")
-        assert f'"postage consume pid {os.getpid()}"' in names
+        names = [each.name for each in node.connections(settings.vhost)]
+        assert [f"postage consume pid {os.getpid()}"] == names
 
 
-@rabbitmq
 def test_the_next_host_is_tried_at_once(settings: Settings) -> None:
     """Of several hosts, those that refuse are passed over, in whichever order they come."""
     hosts = tuple(("127.0.0.1", unused_port()) for _ in range(3))
@@ -233,7 +228,6 @@ def test_the_next_host_is_tried_at_once(settings: Settings) -> None:
         assert connection.last_error is None
 
 
-@rabbitmq
 def test_a_wrong_password_fails_fast(settings: Settings) -> None:
     """The error names the user and the virtual host, and shows no password."""
     settings = replace(settings, user="someone", password="letmein")
@@ -247,16 +241,63 @@ def test_a_wrong_password_fails_fast(settings: Settings) -> None:
     assert "letmein" not in str(caught.value)
 
 
-@rabbitmq
 def test_a_missing_virtual_host_fails_fast(settings: Settings) -> None:
     """The error names the virtual host."""
     settings = replace(settings, vhost="nowhere")
     with using(settings) as connection, pytest.raises(ConnectionFailedError) as caught:
         connection.ask(declaring, None, "declare")
-    assert str(caught.value).startswith(
-        f"no connection to {settings}: the broker refused the virtual host"
-    )
-    assert "/nowhere" in str(caught.value)
+    assert (
+        f"no connection to {settings}: the broker refused the virtual host "
+        "(NOT_ALLOWED - vhost nowhere not found); check its name and the user's permissions"
+    ) == str(caught.value)
+
+
+def test_a_virtual_host_without_permissions_fails_fast(
+    rabbitmq_node: RabbitNode, settings: Settings
+) -> None:
+    """The error has the broker's words."""
+    rabbitmq_node.ctl("add_user", "stranger", "pass")
+    settings = replace(settings, user="stranger", password="pass")
+    try:
+        with using(settings) as connection, pytest.raises(ConnectionFailedError) as caught:
+            connection.ask(declaring, None, "declare")
+    finally:
+        rabbitmq_node.ctl("delete_user", "stranger")
+    words = f"NOT_ALLOWED - access to vhost '{settings.vhost}' refused for user 'stranger'"
+    assert f"({words});" in str(caught.value)
+
+
+def test_a_virtual_host_that_is_full_is_waited_for(
+    rabbitmq_node: RabbitNode, settings: Settings
+) -> None:
+    """Its limit of connections is no mistake of ours, and may allow more at any time."""
+    lodger = Lodger()
+    limits = ("set_vhost_limits", "-p", settings.vhost)
+    rabbitmq_node.ctl(*limits, '{"max-connections": 0}')
+    with using(settings) as connection:
+        connection.hub.call(lambda: connection.join(lodger))
+        wait_for(connection, lambda: "connection limit (0) is reached" in connection.trouble())
+        rabbitmq_node.ctl(*limits, '{"max-connections": -1}')
+        wait_for(connection, lambda: "connected" in lodger.heard)
+        assert "refused" not in lodger.heard
+
+
+def hang_up_in_the_middle_of_the_login(client: socket.socket) -> None:
+    """Do as a broker that dies, or a balancer that loses it."""
+    client.recv(4096)
+    client.sendall(frame.Method(0, spec.Connection.Start(0, 9, {}, "PLAIN", "en_US")).marshal())
+    client.recv(4096)
+    client.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_login_without_an_answer_is_tried_again() -> None:
+    """Only what the broker says is a refusal, not that it hangs up."""
+    lodger = Lodger()
+    with listener(hang_up_in_the_middle_of_the_login) as port, using(at(port)) as connection:
+        connection.hub.call(lambda: connection.join(lodger))
+        wait_for(connection, lambda: len(lodger.heard) >= 2)
+        assert "refused" not in lodger.heard
+        assert "in the middle of the login" in connection.trouble()
 
 
 class Lodger:
@@ -278,7 +319,6 @@ class Lodger:
         self.heard.append(blocked)
 
 
-@rabbitmq
 def test_a_wrong_password_is_told_to_the_tenants(settings: Settings) -> None:
     """Who waits for a connection learns that waiting is in vain."""
     lodger = Lodger()
@@ -288,26 +328,24 @@ def test_a_wrong_password_is_told_to_the_tenants(settings: Settings) -> None:
         assert [ConnectionFailedError, "refused"] == lodger.heard[:2]
 
 
-@rabbitmq
 def test_a_password_that_was_right_before_is_tried_on(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """A broker that comes back without its users yet is an outage, not a mistake of ours."""
     lodger = Lodger()
-    rabbitmq_node.ctl("add_user", "someone", "pass")
-    rabbitmq_node.ctl("set_permissions", "-p", settings.vhost, "someone", ".*", ".*", ".*")
+    node.add_user("someone", "pass", settings.vhost)
     try:
         with using(replace(settings, user="someone", password="pass")) as connection:
             connection.hub.call(lambda: connection.join(lodger))
             wait_for(connection, lambda: lodger.heard)
-            rabbitmq_node.ctl("change_password", "someone", "other")
-            rabbitmq_node.ctl("close_all_connections", "--vhost", settings.vhost, "test")
+            node.change_password("someone", "other")
+            node.close_connections("test", settings.vhost)
             wait_for(connection, lambda: ConnectionFailedError in lodger.heard)
-            rabbitmq_node.ctl("change_password", "someone", "pass")
+            node.change_password("someone", "pass")
             wait_for(connection, lambda: "connected" in lodger.heard[1:])
             assert "refused" not in lodger.heard
     finally:
-        rabbitmq_node.ctl("delete_user", "someone")
+        node.delete_user("someone")
 
 
 def speak_like_an_old_broker(client: socket.socket) -> None:
@@ -357,7 +395,6 @@ def test_a_host_that_never_answers_is_given_up() -> None:
         wait_for(connection, lambda: "did not answer in time" in connection.trouble())
 
 
-@rabbitmq
 def test_a_question_that_cannot_be_answered_in_time_fails(proxy: Proxy) -> None:
     """A broker that falls silent does not hold a question for longer than it wants to wait."""
     with using(settings_of(proxy.url)) as connection:
@@ -383,7 +420,6 @@ def test_a_question_in_a_callback_of_the_loop_is_refused() -> None:
         wait_for(connection, lambda: errors)
 
 
-@rabbitmq
 def test_a_refused_question_says_what_the_script_says(settings: Settings) -> None:
     """The script hears that its channel was closed, and its own error is the answer."""
     with using(settings) as connection:
@@ -395,7 +431,6 @@ def test_a_refused_question_says_what_the_script_says(settings: Settings) -> Non
         assert 0 == connection.losses
 
 
-@rabbitmq
 def test_a_script_may_go_on_after_a_refusal(settings: Settings) -> None:
     """A script that catches the refusal decides what the answer is."""
 
@@ -409,7 +444,6 @@ def test_a_script_may_go_on_after_a_refusal(settings: Settings) -> None:
         assert 404 == connection.ask(script, DEADLINE, "look")
 
 
-@rabbitmq
 def test_a_question_that_cannot_be_written_fails_at_once(settings: Settings) -> None:
     """Asking it again and again, on one channel after the other, would not help."""
 
@@ -423,7 +457,6 @@ def test_a_question_that_cannot_be_written_fails_at_once(settings: Settings) -> 
         assert "ShortStringTooLong" in str(caught.value)
 
 
-@rabbitmq
 def test_many_threads_may_ask_at_once(settings: Settings) -> None:
     """Each gets the answer to its own question."""
 
@@ -448,7 +481,6 @@ def test_a_setting_that_pika_refuses_is_reported() -> None:
         connection.ask(declaring, 0.2, "declare")
 
 
-@rabbitmq
 def test_a_broker_without_tls_is_reported(settings: Settings) -> None:
     """The words are those of the TLS library."""
     with using(replace(settings, tls=True)) as connection:
@@ -457,8 +489,7 @@ def test_a_broker_without_tls_is_reported(settings: Settings) -> None:
         wait_for(connection, lambda: "SSL" in connection.trouble())
 
 
-@rabbitmq
-def test_questions_leave_no_channel_behind(rabbitmq_node: RabbitNode, settings: Settings) -> None:
+def test_questions_leave_no_channel_behind(node: Node, settings: Settings) -> None:
     """The channel of each question is closed after the answer, also after a refusal."""
 
     def refused(channel: Any) -> Any:
@@ -469,17 +500,15 @@ def test_questions_leave_no_channel_behind(rabbitmq_node: RabbitNode, settings: 
             open_up(connection)
             with pytest.raises(ChannelClosedError):
                 connection.ask(refused, DEADLINE, "look")
-        number = rabbitmq_node.ctl("list_connections", "user", "channels").split()[-1]
-        assert "0" == number
+        wait_until(lambda: [0] == [each.channels for each in node.connections(settings.vhost)])
 
 
 # --------------------------------------------------------------------------- coming back
 
 
-@rabbitmq
 @pytest.mark.parametrize("how", ["closed by the broker", "cut"])
 def test_a_lost_connection_comes_back(
-    rabbitmq_node: RabbitNode, proxy: Proxy, how: str, caplog: pytest.LogCaptureFixture
+    node: Node, proxy: Proxy, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A tenant is told that it went and that it is there again; the log, once each."""
     lodger = Lodger()
@@ -490,7 +519,7 @@ def test_a_lost_connection_comes_back(
         if how == "cut":
             proxy.cut()
         else:
-            rabbitmq_node.ctl("close_all_connections", "--vhost", settings.vhost, "weeding")
+            node.close_connections("weeding", settings.vhost)
         wait_for(connection, lambda: len(lodger.heard) >= 3)
         assert ["connected", ConnectionLostError, "connected"] == lodger.heard
         assert 1 == connection.losses
@@ -514,35 +543,33 @@ def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert ["WARNING"] == [each.levelname for each in ours]
 
 
-@rabbitmq
 def test_a_broker_that_was_killed_is_found_again(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """However long it takes until it is back."""
     with using(settings) as connection:
         open_up(connection)
-        rabbitmq_node.kill()
+        node.kill()
         wait_for(connection, lambda: isinstance(connection.last_error, ConnectionFailedError))
-        rabbitmq_node.start()
+        node.start()
         connection.ask(declaring, 2 * DEADLINE, "declare")
         assert 1 == connection.losses
 
 
-@rabbitmq
+@pytest.mark.embedded  # on RabbitMQ it takes long, and shows the same
 @pytest.mark.slow
-def test_a_frozen_broker_is_noticed(rabbitmq_node: RabbitNode, settings: Settings) -> None:
+def test_a_frozen_broker_is_noticed(node: Node, settings: Settings) -> None:
     """Nothing is closed and nothing answers: only the heartbeats tell."""
     with using(replace(settings, heartbeat=1)) as connection:
         open_up(connection)
-        rabbitmq_node.suspend()
+        node.suspend()
         try:
             wait_for(connection, lambda: connection.losses)
         finally:
-            rabbitmq_node.resume()
+            node.resume()
         open_up(connection)
 
 
-@rabbitmq
 def test_a_question_during_an_outage_is_answered_after_it(proxy: Proxy) -> None:
     """A question outlives the connection on which it was asked, and is asked again."""
     runs: list[object] = []
@@ -563,7 +590,42 @@ def test_a_question_during_an_outage_is_answered_after_it(proxy: Proxy) -> None:
         assert 2 == len(runs)
 
 
-@rabbitmq
+def test_a_question_that_expired_during_an_outage_is_not_asked_any_more(proxy: Proxy) -> None:
+    """Who asked without waiting hears of it when there is a connection again."""
+    runs: list[object] = []
+    errors: list[TransportError | None] = []
+
+    def script(channel: Any) -> Any:
+        runs.append(channel)
+        yield from declaring(channel)
+
+    with using(settings_of(proxy.url)) as connection:
+        open_up(connection)
+        with proxy.outage():
+            wait_for(connection, lambda: connection.losses)
+            connection.hub.call(
+                lambda: connection.probe(script, lambda _, error: errors.append(error), 0.1)
+            )
+            connection.hub.wait(lambda: False, 0.2)
+        wait_for(connection, lambda: errors)
+        assert [ConnectionFailedError] == [type(error) for error in errors]
+        assert [] == runs
+
+
+def test_the_pauses_begin_small_again_after_a_stable_time(proxy: Proxy) -> None:
+    """A connection that lasted owes nothing to the outage before it."""
+    with using(settings_of(proxy.url)) as connection:
+        open_up(connection)
+        connection._rounds = 5
+        proxy.cut()
+        wait_for(connection, lambda: connection.losses and connection.is_open)
+        assert 6 == connection._rounds
+        connection._ready_since -= connections.STABLE
+        proxy.cut()
+        wait_for(connection, lambda: connection.losses == 2 and connection.is_open)
+        assert 1 == connection._rounds
+
+
 def test_an_exchange_is_forgotten_with_its_connection(proxy: Proxy) -> None:
     """It may have been deleted during the outage, so it is declared anew."""
     exchange = ExchangeSpec("letters")
@@ -581,7 +643,6 @@ def test_an_exchange_is_forgotten_with_its_connection(proxy: Proxy) -> None:
         assert connection.knows(ExchangeSpec(""))
 
 
-@rabbitmq
 def test_a_mismatching_exchange_can_be_adopted(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -601,9 +662,8 @@ def test_a_mismatching_exchange_can_be_adopted(
     assert "used as it is" in caplog.text
 
 
-@rabbitmq
 def test_an_aborted_connection_is_gone_at_once_and_comes_back(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """`abort()` uses a private call of pika; this fails if pika changes it."""
     lodger = Lodger()
@@ -614,7 +674,8 @@ def test_an_aborted_connection_is_gone_at_once_and_comes_back(
         wait_for(connection, lambda: len(lodger.heard) == 3)
         assert ["connected", ConnectionLostError, "connected"] == lodger.heard
         assert 1 == connection.losses
-    assert "client unexpectedly closed TCP connection" in rabbitmq_node.log_tail()
+    words = "client unexpectedly closed TCP connection"
+    wait_until(lambda: words in node.log_tail(), message="a line in the broker's log")
 
 
 def test_an_attempt_can_be_aborted() -> None:
@@ -627,7 +688,6 @@ def test_an_attempt_can_be_aborted() -> None:
         assert isinstance(connection.last_error, ConnectionFailedError)
 
 
-@rabbitmq
 def test_an_interrupted_loop_begins_with_new_connections(settings: Settings) -> None:
     """After Ctrl-C in the middle of pika nobody knows what was parsed or written."""
     lodger = Lodger()
@@ -652,38 +712,19 @@ def test_an_interrupted_loop_begins_with_new_connections(settings: Settings) -> 
 # ------------------------------------------------------------------------------ blocked
 
 
-@pytest.fixture(scope="module")
-def own_node(rabbitmq_installed: None, nodes: list[RabbitNode]) -> Iterator[RabbitNode]:
-    """A node for alarms, which would stop every other test."""
-    with RabbitNode() as node:
-        nodes.append(node)
-        yield node
-        nodes.remove(node)
-
-
-@contextlib.contextmanager
-def memory_alarm(node: RabbitNode) -> Iterator[None]:
-    node.ctl("set_vm_memory_high_watermark", "0.000001")
-    try:
-        yield
-    finally:
-        node.ctl("set_vm_memory_high_watermark", "0.4")
-
-
 def publish(connection: Connection, queue: str) -> None:
     """Publish without waiting: RabbitMQ speaks of an alarm only to those who publish."""
     assert connection.amqp is not None
     connection.amqp.channel(on_open_callback=lambda channel: channel.basic_publish("", queue, b""))
 
 
-@rabbitmq
-def test_an_alarm_is_told_to_the_tenants_and_so_is_its_end(own_node: RabbitNode) -> None:
+def test_an_alarm_is_told_to_the_tenants_and_so_is_its_end(node: Node, settings: Settings) -> None:
     """A connection that publishes under an alarm is blocked, and open all the same."""
     lodger = Lodger()
-    with using(settings_of(own_node.url)) as connection:
+    with using(settings) as connection:
         connection.hub.call(lambda: connection.join(lodger))
         wait_for(connection, lambda: lodger.heard)
-        with memory_alarm(own_node):
+        with node.memory_alarm():
             connection.hub.call(lambda: publish(connection, "nobody"))
             wait_for(connection, lambda: connection.state is State.BLOCKED)
             assert connection.is_open
@@ -695,12 +736,13 @@ def test_an_alarm_is_told_to_the_tenants_and_so_is_its_end(own_node: RabbitNode)
         assert ["connected", True, False] == lodger.heard
 
 
-@rabbitmq
-def test_a_blocked_connection_is_dropped_when_its_grace_is_over(own_node: RabbitNode) -> None:
+def test_a_blocked_connection_is_dropped_when_its_grace_is_over(
+    node: Node, settings: Settings
+) -> None:
     """A broker under an alarm does not answer a close, so nobody may wait for it for long."""
-    connection = connections.acquire(settings_of(own_node.url), "publish")
+    connection = connections.acquire(settings, "publish")
     open_up(connection)
-    with memory_alarm(own_node):
+    with node.memory_alarm():
         connection.hub.call(lambda: publish(connection, "nobody"))
         wait_for(connection, lambda: connection.state is State.BLOCKED)
         assert not connections.release(connection, grace=0.2)
@@ -710,7 +752,6 @@ def test_a_blocked_connection_is_dropped_when_its_grace_is_over(own_node: Rabbit
 # ------------------------------------------------------------------------------- the end
 
 
-@rabbitmq
 def test_a_close_tells_whether_the_broker_agreed(settings: Settings) -> None:
     """True means that all that was written before was taken."""
     connection = connections.acquire(settings, "publish")
@@ -719,7 +760,6 @@ def test_a_close_tells_whether_the_broker_agreed(settings: Settings) -> None:
     assert State.CLOSED is connection.state
 
 
-@rabbitmq
 def test_a_close_that_nobody_answers_ends_after_its_grace(proxy: Proxy) -> None:
     """The socket is dropped then, and nobody claims that the broker agreed."""
     connection = connections.acquire(settings_of(proxy.url), "publish")
@@ -729,7 +769,6 @@ def test_a_close_that_nobody_answers_ends_after_its_grace(proxy: Proxy) -> None:
     assert State.CLOSED is connection.state
 
 
-@rabbitmq
 def test_a_connection_that_was_aborted_does_not_close_with_consent(settings: Settings) -> None:
     """What was written before the abort may be lost, so the close must not deny it."""
     connection = connections.acquire(settings, "publish")
@@ -763,7 +802,6 @@ def test_a_close_wins_over_an_attempt() -> None:
         assert State.CLOSED is connection.state
 
 
-@rabbitmq
 def test_two_threads_may_close_a_connection(proxy: Proxy) -> None:
     """Both learn how it ended, and neither waits in vain."""
     connection = connections.acquire(settings_of(proxy.url), "publish")
@@ -773,11 +811,11 @@ def test_two_threads_may_close_a_connection(proxy: Proxy) -> None:
         first = pool.submit(connection.close, DEADLINE)
         wait_until(lambda: connection.state is State.DRAINING)
         second = pool.submit(connections.release, connection, DEADLINE)
+        wait_until(lambda: connection._clean._callbacks)
         proxy.release_answers()
         assert [True, True] == [first.result(DEADLINE), second.result(DEADLINE)]
 
 
-@rabbitmq
 def test_a_closed_connection_answers_nothing(settings: Settings) -> None:
     """Questions that wait, and those that come later, fail."""
     errors: list[TransportError | None] = []
@@ -791,7 +829,6 @@ def test_a_closed_connection_answers_nothing(settings: Settings) -> None:
         assert not connection.close()
 
 
-@rabbitmq
 def test_tenants_hear_of_the_close(settings: Settings) -> None:
     """What they wait for will not come."""
     lodger = Lodger()
@@ -802,7 +839,6 @@ def test_tenants_hear_of_the_close(settings: Settings) -> None:
     assert ["connected", ClosedError] == lodger.heard
 
 
-@rabbitmq
 def test_a_tenant_that_left_hears_nothing_more(proxy: Proxy) -> None:
     """And may leave twice."""
     lodger = Lodger()
@@ -819,7 +855,6 @@ def test_a_tenant_that_left_hears_nothing_more(proxy: Proxy) -> None:
 # ------------------------------------------------------------------------ shared and counted
 
 
-@rabbitmq
 def test_equal_settings_share_a_connection_until_the_last_user_goes(settings: Settings) -> None:
     """The last release ends the connection, the loop and its guard thread."""
     first = connections.acquire(settings, "publish")
@@ -838,7 +873,6 @@ def test_equal_settings_share_a_connection_until_the_last_user_goes(settings: Se
     assert "postage-guard" not in [thread.name for thread in threading.enumerate()]
 
 
-@rabbitmq
 def test_a_connection_that_was_released_is_made_anew(settings: Settings) -> None:
     """A program may close everything and begin again."""
     for _ in range(3):
@@ -846,7 +880,6 @@ def test_a_connection_that_was_released_is_made_anew(settings: Settings) -> None
             open_up(connection)
 
 
-@rabbitmq
 def test_all_connections_can_be_closed_whoever_uses_them(settings: Settings) -> None:
     """What is released afterwards is gone already."""
     some = [

@@ -37,8 +37,6 @@ from postage.transport.conversation import (
 )
 from tests.waiting import wait_until
 
-rabbitmq = pytest.mark.rabbitmq
-
 #: Seconds after which an answer that has to come counts as missing.
 DEADLINE = 30.0
 
@@ -417,7 +415,6 @@ def ask(connection: Connection, script: Callable[[Any], Script[Any]]) -> Any:
     return connection.ask(script, DEADLINE, "ask")
 
 
-@rabbitmq
 def test_rabbitmq_answers_a_script(connection: Connection) -> None:
     """A queue is declared, bound, found and unbound in one conversation."""
 
@@ -436,7 +433,6 @@ def test_rabbitmq_answers_a_script(connection: Connection) -> None:
     assert 0 == messages
 
 
-@rabbitmq
 def test_rabbitmq_refuses_another_declaration(connection: Connection) -> None:
     """Of a queue and of an exchange that exist with other arguments."""
     ask(connection, lambda channel: declare_queue(channel, QueueSpec("orders")))
@@ -447,7 +443,6 @@ def test_rabbitmq_refuses_another_declaration(connection: Connection) -> None:
         ask(connection, lambda channel: declare_exchange(channel, ExchangeSpec("news", "topic")))
 
 
-@rabbitmq
 def test_rabbitmq_does_not_find_what_is_not_there(connection: Connection) -> None:
     """Neither a queue that is only checked, nor the exchange of a binding."""
     with pytest.raises(ChannelClosedError, match=r"declare queue 'none' .*404 NOT_FOUND"):
@@ -458,7 +453,6 @@ def test_rabbitmq_does_not_find_what_is_not_there(connection: Connection) -> Non
         ask(connection, lambda channel: bind_queue(channel, binding, "orders"))
 
 
-@rabbitmq
 @pytest.mark.parametrize("value", [1.5, object(), 2**70, {1: 2}], ids=str)
 def test_pika_cannot_encode_every_argument(connection: Connection, value: Any) -> None:
     """The error comes at once, the script is not run again, and the connection works on."""
@@ -476,7 +470,6 @@ def test_pika_cannot_encode_every_argument(connection: Connection, value: Any) -
     assert 0 == connection.losses
 
 
-@rabbitmq
 def test_a_lost_connection_is_heard_in_the_middle_of_a_script(connection: Connection) -> None:
     """It is run again, from its beginning, on the next connection."""
     runs: list[str] = []

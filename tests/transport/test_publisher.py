@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pika
 import pytest
+from pika import spec
 
 from postage.errors import (
     BrokerBlockedError,
@@ -41,11 +41,10 @@ from postage.transport.publisher import (
     check_encodable,
     encoded_size,
 )
+from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
 from tests.transport.proxy import Proxy
 from tests.waiting import wait_until
-
-rabbitmq = pytest.mark.rabbitmq
 
 #: Seconds after which a fate that has to be known counts as missing.
 DEADLINE = 30.0
@@ -180,7 +179,6 @@ def far_sender(proxy: Proxy) -> Iterator[Sender]:
 # -------------------------------------------------------------------------- what arrives
 
 
-@rabbitmq
 def test_a_message_is_confirmed_when_the_broker_has_it(sender: Sender, peer: Peer) -> None:
     """And is the same on the other side."""
     peer.declare("box")
@@ -192,7 +190,6 @@ def test_a_message_is_confirmed_when_the_broker_has_it(sender: Sender, peer: Pee
     assert (b"hello", "1", {"size": 5}) == (body, properties.message_id, properties.headers)
 
 
-@rabbitmq
 def test_messages_arrive_in_order(sender: Sender, peer: Peer) -> None:
     """However many are on their way, and whichever of their confirms come together."""
     peer.declare("box")
@@ -205,7 +202,6 @@ def test_messages_arrive_in_order(sender: Sender, peer: Peer) -> None:
     assert 0 == sender.publisher.outstanding
 
 
-@rabbitmq
 def test_an_unroutable_message_is_returned(sender: Sender) -> None:
     """The error names the pair."""
     letter = sender.make("nowhere", b"hello")
@@ -214,13 +210,11 @@ def test_an_unroutable_message_is_returned(sender: Sender) -> None:
     assert [("", "nowhere")] == letter.error.failed
 
 
-@rabbitmq
 def test_a_message_that_is_not_mandatory_may_be_dropped(sender: Sender) -> None:
     """The broker confirms what it was allowed to drop."""
     assert [Fate.CONFIRMED] == sender.send(sender.make("nowhere", mandatory=False))
 
 
-@rabbitmq
 @pytest.mark.parametrize("body", [b"", b"hello"])
 def test_returns_are_told_apart(sender: Sender, peer: Peer, body: bytes) -> None:
     """A return has no number, so exchange, key and id decide, and among equals the order."""
@@ -240,7 +234,6 @@ def test_returns_are_told_apart(sender: Sender, peer: Peer, body: bytes) -> None
         assert expected == sender.send(*again)
 
 
-@rabbitmq
 def test_a_return_belongs_to_a_mandatory_message(sender: Sender) -> None:
     """Of two messages with one id only the mandatory one can have come back."""
     letters = [
@@ -249,18 +242,16 @@ def test_a_return_belongs_to_a_mandatory_message(sender: Sender) -> None:
     assert [Fate.CONFIRMED, Fate.RETURNED] * 100 == sender.send(*letters)
 
 
-@rabbitmq
 def test_a_full_queue_refuses(sender: Sender, peer: Peer) -> None:
     """The error says what may be full."""
     peer.declare("box", **{"x-max-length": 1, "x-overflow": "reject-publish"})
-    fates = sender.send(*[sender.make("box", b"%d" % number) for number in range(3)])
-    assert [Fate.CONFIRMED, Fate.NACKED, Fate.NACKED] == fates
-    assert isinstance(sender.settled[-1].error, NackedError)
-    assert "'box'" in str(sender.settled[-1].error)
+    letters = [sender.make("box", b"%d" % number) for number in range(3)]
+    assert [Fate.CONFIRMED, Fate.NACKED, Fate.NACKED] == sender.send(*letters)
+    assert isinstance(letters[-1].error, NackedError)
+    assert "'box'" in str(letters[-1].error)
     assert [b"0"] == peer.bodies("box")
 
 
-@rabbitmq
 def test_a_sender_need_not_wait_for_the_confirm(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -275,7 +266,6 @@ def test_a_sender_need_not_wait_for_the_confirm(
     assert 2 == len(far_sender.settled)
 
 
-@rabbitmq
 def test_a_message_that_comes_back_unasked_is_logged(
     sender: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,7 +274,6 @@ def test_a_message_that_comes_back_unasked_is_logged(
     sender.wait_for(lambda: "no queue is bound to exchange '' key 'nowhere'" in caplog.text)
 
 
-@rabbitmq
 def test_what_was_written_without_confirm_is_not_sent_again(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -300,7 +289,6 @@ def test_what_was_written_without_confirm_is_not_sent_again(
     assert [b"first", b"second", b"third"] == peer.bodies("box")
 
 
-@rabbitmq
 def test_two_publishers_share_a_connection(settings: Settings, peer: Peer) -> None:
     """Each has a channel, and hears of its own messages only."""
     peer.declare("box")
@@ -321,7 +309,6 @@ def test_two_publishers_share_a_connection(settings: Settings, peer: Peer) -> No
 # ---------------------------------------------------------------------------- exchanges
 
 
-@rabbitmq
 def test_an_exchange_is_declared_before_its_first_use(
     sender: Sender, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -335,7 +322,6 @@ def test_an_exchange_is_declared_before_its_first_use(
     assert "closed" not in caplog.text
 
 
-@rabbitmq
 def test_an_exchange_that_was_deleted_is_declared_anew(
     sender: Sender, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -352,7 +338,6 @@ def test_an_exchange_that_was_deleted_is_declared_anew(
     assert "404 NOT_FOUND - no exchange 'letters'" in caplog.text
 
 
-@rabbitmq
 def test_a_mismatching_exchange_fails_its_own_messages_only(sender: Sender, peer: Peer) -> None:
     """The others go through, those before it and those behind it."""
     peer.declare("box", exchange="letters")
@@ -372,7 +357,6 @@ def test_a_mismatching_exchange_fails_its_own_messages_only(sender: Sender, peer
     assert [Fate.UNSENT] == sender.send(sender.make("box", b"6", wrong))
 
 
-@rabbitmq
 def test_a_setting_that_makes_no_sense_is_reported_when_it_is_read(
     sender: Sender,
     peer: Peer,
@@ -388,7 +372,6 @@ def test_a_setting_that_makes_no_sense_is_reported_when_it_is_read(
     assert "POSTAGE_ON_MISMATCH is 'adpot'" in caplog.text
 
 
-@rabbitmq
 def test_an_exchange_that_may_only_be_looked_at_is_not_made(sender: Sender, peer: Peer) -> None:
     """A passive exchange that is missing is an error of its messages."""
     passive = replace(LETTERS, passive=True)
@@ -400,7 +383,6 @@ def test_an_exchange_that_may_only_be_looked_at_is_not_made(sender: Sender, peer
     assert [Fate.CONFIRMED] == sender.send(sender.make("box", exchange=passive))
 
 
-@rabbitmq
 def test_a_short_deadline_does_not_end_the_others_wait_for_their_exchange(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -440,7 +422,6 @@ def test_without_a_broker_a_message_is_certainly_not_sent() -> None:
     assert isinstance(patient.error, ClosedError)
 
 
-@rabbitmq
 def test_a_refused_login_fails_what_waits_at_once(settings: Settings) -> None:
     """Waiting would not help."""
     with Sender(replace(settings, password="letmein"), grace=0) as sender:
@@ -449,7 +430,6 @@ def test_a_refused_login_fails_what_waits_at_once(settings: Settings) -> None:
         assert [ConnectionFailedError] * 2 == [type(each.error) for each in letters]
 
 
-@rabbitmq
 def test_a_confirm_that_never_comes_leaves_the_fate_unknown(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -467,7 +447,6 @@ def test_a_confirm_that_never_comes_leaves_the_fate_unknown(
     assert 3 == len(far_sender.settled)
 
 
-@rabbitmq
 def test_a_written_message_is_unknown_also_if_the_broker_is_gone_by_then(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -488,7 +467,6 @@ def test_a_written_message_is_unknown_also_if_the_broker_is_gone_by_then(
     assert [b"first", b"second", b"fourth"] == peer.bodies("box")
 
 
-@rabbitmq
 def test_what_is_in_doubt_is_sent_again_first_and_in_order(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -510,10 +488,25 @@ def test_what_is_in_doubt_is_sent_again_first_and_in_order(
     assert [("1", b"first"), *written, *written, ("15", b"15")] == found
 
 
-@rabbitmq
+def test_what_came_back_before_the_loss_is_not_sent_again(sender: Sender, peer: Peer) -> None:
+    """Its confirm is missing, but its fate is known."""
+    sender.send(sender.make("nowhere", mandatory=False))
+    letter = sender.make("nowhere", b"hello", message_id="1")
+
+    def lose_the_confirm() -> None:
+        sender.publisher.send([letter])
+        back = spec.Basic.Return(312, "NO_ROUTE", "", "nowhere")
+        sender.publisher._returned(None, back, letter.properties, b"hello")  # type: ignore[arg-type]
+        sender.connection.abort(OSError("cut"))
+
+    sender.publisher.hub.call(lose_the_confirm)
+    assert [Fate.RETURNED] == sender.wait([letter])
+    assert isinstance(letter.error, UnroutableError)
+
+
 @pytest.mark.slow
 def test_what_was_confirmed_outlives_the_death_of_the_broker(
-    rabbitmq_node: RabbitNode, far_sender: Sender, proxy: Proxy, broker_url: str
+    node: Node, far_sender: Sender, proxy: Proxy, broker_url: str
 ) -> None:
     """A persistent message in a durable queue is there once it was confirmed."""
     with Peer(broker_url) as peer:
@@ -524,10 +517,10 @@ def test_what_was_confirmed_outlives_the_death_of_the_broker(
     ]
     far_sender.start(*letters)
     far_sender.wait_for(lambda: len(far_sender.settled) > 100)
-    rabbitmq_node.kill()
+    node.kill()
     with proxy.outage():
         far_sender.wait_for(lambda: far_sender.connection.losses)
-        rabbitmq_node.start()
+        node.start()
         with Peer(broker_url) as peer:
             found = peer.bodies("box")
         confirmed = {letter.body for letter in far_sender.settled}
@@ -543,34 +536,14 @@ def test_what_was_confirmed_outlives_the_death_of_the_broker(
 # ------------------------------------------------------------------------------- alarms
 
 
-@pytest.fixture(scope="module")
-def own_node(rabbitmq_installed: None, nodes: list[RabbitNode]) -> Iterator[RabbitNode]:
-    """A node for alarms, which would stop every other test."""
-    with RabbitNode() as node:
-        nodes.append(node)
-        yield node
-        nodes.remove(node)
-
-
-@contextlib.contextmanager
-def memory_alarm(node: RabbitNode) -> Iterator[None]:
-    node.ctl("set_vm_memory_high_watermark", "0.000001")
-    try:
-        yield
-    finally:
-        node.ctl("set_vm_memory_high_watermark", "0.4")
-
-
-@rabbitmq
 def test_under_an_alarm_a_message_is_held_and_then_certainly_not_sent(
-    own_node: RabbitNode,
+    node: Node, settings: Settings, broker_url: str
 ) -> None:
     """Only what was written before the broker said so may arrive, when the alarm lifts."""
-    settings = Settings.from_environment({"POSTAGE_URL": own_node.url})
-    with Sender(settings) as sender, Peer(own_node.url) as peer:
+    with Sender(settings) as sender, Peer(broker_url) as peer:
         peer.declare("box")
         sender.send(sender.make("box", b"before"))
-        with memory_alarm(own_node):
+        with node.memory_alarm():
             unaware = sender.make("box", b"unaware", timeout=4 * SOON)
             sender.start(unaware)
             sender.wait_for(lambda: sender.connection.state is State.BLOCKED)
@@ -588,7 +561,6 @@ def test_under_an_alarm_a_message_is_held_and_then_certainly_not_sent(
 # ---------------------------------------------------------- what the broker will never take
 
 
-@rabbitmq
 def test_a_message_that_the_broker_refuses_to_read_fails_alone(sender: Sender, peer: Peer) -> None:
     """It costs the channel, and the others must neither wait for it nor arrive many times."""
     peer.declare("box")
@@ -604,7 +576,6 @@ def test_a_message_that_the_broker_refuses_to_read_fails_alone(sender: Sender, p
     assert max(bodies.count(body) for body in set(bodies)) <= 2
 
 
-@rabbitmq
 def test_a_user_who_may_not_write_is_told_so(rabbitmq_node: RabbitNode, settings: Settings) -> None:
     """At once, and in the broker's words, instead of at the deadline."""
     rabbitmq_node.ctl("add_user", "reader", "pass")
@@ -620,7 +591,6 @@ def test_a_user_who_may_not_write_is_told_so(rabbitmq_node: RabbitNode, settings
         rabbitmq_node.ctl("delete_user", "reader")
 
 
-@rabbitmq
 def test_a_message_that_cannot_be_encoded_fails_alone(sender: Sender, peer: Peer) -> None:
     """Nothing of it was written, so the channel is as good as before."""
     peer.declare("box")
@@ -640,7 +610,6 @@ def test_a_message_that_cannot_be_encoded_fails_alone(sender: Sender, peer: Peer
 # --------------------------------------------------------------------------- taking back
 
 
-@rabbitmq
 def test_a_message_that_is_held_can_be_taken_back(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -660,7 +629,6 @@ def test_a_message_that_is_held_can_be_taken_back(
     assert [b"other"] == peer.bodies("box")
 
 
-@rabbitmq
 def test_a_message_in_doubt_is_not_taken_back_as_unsent(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -696,7 +664,6 @@ def test_a_sender_may_withdraw_others_when_it_hears_of_a_fate() -> None:
 # ------------------------------------------------------------------------------- the end
 
 
-@rabbitmq
 def test_a_close_waits_for_the_confirms(far_sender: Sender, proxy: Proxy, peer: Peer) -> None:
     """What is on its way arrives, and the close returns after that."""
     peer.declare("box")
@@ -714,7 +681,6 @@ def test_a_close_waits_for_the_confirms(far_sender: Sender, proxy: Proxy, peer: 
     assert Fate.CONFIRMED is letter.fate
 
 
-@rabbitmq
 def test_a_close_gives_up_after_its_grace(far_sender: Sender, proxy: Proxy, peer: Peer) -> None:
     """And says what is known of the rest."""
     peer.declare("box")
@@ -728,7 +694,6 @@ def test_a_close_gives_up_after_its_grace(far_sender: Sender, proxy: Proxy, peer
     proxy.release_answers()
 
 
-@rabbitmq
 def test_nothing_can_be_sent_after_the_close(sender: Sender) -> None:
     """It fails at once."""
     sender.send(sender.make("box"))
@@ -739,9 +704,8 @@ def test_nothing_can_be_sent_after_the_close(sender: Sender) -> None:
     assert "closed" in repr(sender.publisher)
 
 
-@rabbitmq
 def test_a_closed_publisher_leaves_no_channel(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """Also if it was closed before its channel was there."""
     with Sender(settings) as sender, Sender(settings) as other:
@@ -750,8 +714,7 @@ def test_a_closed_publisher_leaves_no_channel(
         hub = sender.publisher.hub
         hub.wait(lambda: True, first=sender.publisher.shut)
         other.send(other.make("box"))
-        number = rabbitmq_node.ctl("list_connections", "user", "channels").split()[-1]
-        assert "1" == number
+        wait_until(lambda: [1] == [each.channels for each in node.connections(settings.vhost)])
 
 
 # ----------------------------------------------------------------- what can be encoded
@@ -844,7 +807,6 @@ def with_header_frame_of(size: int) -> pika.BasicProperties:
     return properties
 
 
-@rabbitmq
 def test_the_largest_header_that_is_allowed_really_arrives(sender: Sender, peer: Peer) -> None:
     """And a longer one would cost the connection; RabbitMQ forgives the 8 bytes of the frame."""
     frame_max = 131_072
@@ -864,7 +826,6 @@ def test_the_largest_header_that_is_allowed_really_arrives(sender: Sender, peer:
     sender.wait_for(lambda: sender.connection.losses)
 
 
-@rabbitmq
 def test_a_body_may_be_larger_than_a_frame(sender: Sender, peer: Peer) -> None:
     """It is divided."""
     peer.declare("box")

@@ -23,11 +23,10 @@ from postage.transport import connection as connections
 from postage.transport.connection import Connection
 from postage.transport.publisher import DIRECT_REPLY_TO, Fate, Publisher, Publishing
 from postage.transport.replies import ReplyQueue, ReplyStream
+from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
 from tests.transport.proxy import Proxy
 from tests.waiting import wait_until
-
-rabbitmq = pytest.mark.rabbitmq
 
 #: Seconds after which what has to come counts as missing.
 DEADLINE = 30.0
@@ -218,7 +217,6 @@ def test_every_call_hears_that_the_channel_is_gone() -> None:
     assert 2 == len(stream)
 
 
-@rabbitmq
 def test_replies_may_come_in_any_order(client: Client, server: Server) -> None:
     """Many calls are in flight on one channel."""
     calls = [client.call("service", f"{number}") for number in range(50)]
@@ -228,7 +226,6 @@ def test_replies_may_come_in_any_order(client: Client, server: Server) -> None:
     assert [[b"%d" % number] for number in range(50)] == [call.replies for call in calls]
 
 
-@rabbitmq
 def test_a_late_reply_does_no_harm(
     client: Client, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -245,7 +242,6 @@ def test_a_late_reply_does_no_harm(
     assert "set POSTAGE_COMPAT=1.2" in caplog.text
 
 
-@rabbitmq
 def test_two_clients_of_one_connection_hear_their_own_replies(
     settings: Settings, server: Server
 ) -> None:
@@ -258,7 +254,6 @@ def test_two_clients_of_one_connection_hear_their_own_replies(
         assert [b"0", b"1"] == sorted(call.replies[0] for call in calls)
 
 
-@rabbitmq
 def test_a_channel_that_published_before_can_listen_later(client: Client, server: Server) -> None:
     """The consumer of the replies is there before the first request, and only then."""
     plain = client.make("service", None, DEFAULT)
@@ -270,7 +265,6 @@ def test_a_channel_that_published_before_can_listen_later(client: Client, server
     client.wait_for(lambda: call.replies)
 
 
-@rabbitmq
 def test_a_call_hears_once_that_its_reply_cannot_come(
     far_client: Client, proxy: Proxy, server: Server
 ) -> None:
@@ -289,7 +283,6 @@ def test_a_call_hears_once_that_its_reply_cannot_come(
     assert (1, 0) == (call.deaf, other.deaf)
 
 
-@rabbitmq
 def test_a_call_hears_of_the_loss_of_its_channel_alone(client: Client, server: Server) -> None:
     """A publish by the same producer may have closed it."""
     call = client.call("service", "1")
@@ -303,7 +296,6 @@ def test_a_call_hears_of_the_loss_of_its_channel_alone(client: Client, server: S
     assert 0 == client.connection.losses
 
 
-@rabbitmq
 def test_a_request_in_doubt_is_sent_again_with_an_address_that_works(
     far_client: Client, proxy: Proxy, server: Server
 ) -> None:
@@ -323,7 +315,6 @@ def test_a_request_in_doubt_is_sent_again_with_an_address_that_works(
     far_client.wait_for(lambda: call.replies)
 
 
-@rabbitmq
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_a_pending_call_survives_the_loss_of_its_channel(
     far_client: Client, proxy: Proxy, server: Server, confirmed: bool
@@ -392,7 +383,6 @@ def exists(client: Client, queue: str) -> bool:
     return True
 
 
-@rabbitmq
 def test_a_reply_queue_hears_what_is_sent_to_it(client: Client, server: Server) -> None:
     """With or without a correlation id, as 1.2.1 answers."""
     box = mailbox(client)
@@ -406,7 +396,6 @@ def test_a_reply_queue_hears_what_is_sent_to_it(client: Client, server: Server) 
     assert None is box.queue.error
 
 
-@rabbitmq
 def test_a_reply_queue_goes_when_it_is_closed(client: Client) -> None:
     """And does not call that a loss."""
     box = mailbox(client)
@@ -417,9 +406,8 @@ def test_a_reply_queue_goes_when_it_is_closed(client: Client) -> None:
     assert [] == box.lost
 
 
-@rabbitmq
 def test_a_reply_queue_that_is_closed_early_is_never_opened(
-    rabbitmq_node: RabbitNode, client: Client
+    node: Node, client: Client
 ) -> None:
     """The call is over, and must not be sent any more; no queue and no channel stays behind."""
     client.connection.ask(no_question, DEADLINE, "connect")
@@ -437,15 +425,10 @@ def test_a_reply_queue_that_is_closed_early_is_never_opened(
     client.connection.hub.call(later.queue.close)
     vhost = client.connection.settings.vhost
 
-    def rest() -> str:
-        return rabbitmq_node.ctl("list_queues", "--no-table-headers", "--vhost", vhost, "name")
-
-    wait_until(lambda: "" == rest().strip())
-    channels = rabbitmq_node.ctl("list_connections", "--no-table-headers", "vhost", "channels")
-    assert ["0"] == [row.split()[1] for row in channels.splitlines() if vhost in row.split()]
+    wait_until(lambda: [] == node.queues(vhost))
+    wait_until(lambda: [0] == [each.channels for each in node.connections(vhost)])
 
 
-@rabbitmq
 def test_a_reply_queue_goes_with_its_connection(far_client: Client, proxy: Proxy) -> None:
     """And tells it once."""
     box = mailbox(far_client)
@@ -455,7 +438,6 @@ def test_a_reply_queue_goes_with_its_connection(far_client: Client, proxy: Proxy
     assert box.lost[0] is box.queue.error
 
 
-@rabbitmq
 def test_a_reply_queue_that_may_not_be_declared_is_lost(
     rabbitmq_node: RabbitNode, settings: Settings
 ) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,11 +32,9 @@ from postage.topology import (
 )
 from postage.transport import connection as connections
 from postage.transport.subscriber import Delivery, Settlement, Subscriber, coalesced
-from tests.rabbitmq_node import RabbitNode
+from tests.nodes import Node
 from tests.transport.proxy import Proxy
 from tests.waiting import wait_until
-
-rabbitmq = pytest.mark.rabbitmq
 
 #: Seconds after which what has to come counts as missing.
 DEADLINE = 30.0
@@ -186,18 +183,13 @@ def cut(proxy: Proxy, reader: Reader) -> None:
     reader.wait_for(lambda: reader.subscriber.consuming)
 
 
-def prefetches(node: RabbitNode, settings: Settings) -> dict[str, int]:
+def prefetches(node: Node, settings: Settings) -> dict[str, int]:
     """Ask the broker for the prefetch of the consumer of each queue."""
-    rows = node.ctl(
-        "list_consumers",
-        *("--no-table-headers", "--vhost", settings.vhost, "queue_name", "prefetch_count"),
-    )
-    return {name: int(number) for name, number in map(str.split, rows.splitlines())}
+    return {each.queue: each.prefetch for each in node.consumers(settings.vhost)}
 
 
-def channel_count(node: RabbitNode, settings: Settings) -> int:
-    rows = node.ctl("list_channels", "--no-table-headers", "vhost", "number").splitlines()
-    return sum(row.split()[0] == settings.vhost for row in rows)
+def channel_count(node: Node, settings: Settings) -> int:
+    return sum(each.channels for each in node.connections(settings.vhost))
 
 
 # -------------------------------------------------------------------------- coalescing
@@ -234,7 +226,6 @@ def test_acks_above_a_gap_go_singly() -> None:
 # ------------------------------------------------------------------------- deliveries in
 
 
-@rabbitmq
 def test_a_delivery_shows_what_it_is(reader: Reader, peer: Peer) -> None:
     """All that AMQP says about it, and from which queue it came, as that was declared."""
     reader.bind(BOX, "key", LETTERS)
@@ -252,7 +243,6 @@ def test_a_delivery_shows_what_it_is(reader: Reader, peer: Peer) -> None:
     assert "<Subscriber [1 of 1 consumers live, 0 waiting, 1 unsettled]>" == repr(reader.subscriber)
 
 
-@rabbitmq
 def test_deliveries_come_in_order_and_are_settled(reader: Reader, peer: Peer) -> None:
     """Each once, and the queue is empty in the end."""
     reader.bind(BOX)
@@ -263,7 +253,6 @@ def test_deliveries_come_in_order_and_are_settled(reader: Reader, peer: Peer) ->
     assert 0 == peer.count("box")
 
 
-@rabbitmq
 def test_whoever_waits_is_told_of_a_delivery(reader: Reader, peer: Peer) -> None:
     """A scheduler that sleeps is woken by `on_delivery`."""
     heard: list[int] = []
@@ -276,7 +265,6 @@ def test_whoever_waits_is_told_of_a_delivery(reader: Reader, peer: Peer) -> None
     assert min(heard) > 0
 
 
-@rabbitmq
 @pytest.mark.parametrize("spec", [BOX, QUORUM], ids=["classic", "quorum"])
 def test_no_more_than_the_prefetch_is_delivered_ahead(
     settings: Settings, peer: Peer, spec: QueueSpec
@@ -295,9 +283,8 @@ def test_no_more_than_the_prefetch_is_delivered_ahead(
         assert [] == list(reader.subscriber.inbox)
 
 
-@rabbitmq
 def test_each_queue_has_the_prefetch_for_itself(
-    rabbitmq_node: RabbitNode, settings: Settings, peer: Peer
+    node: Node, settings: Settings, peer: Peer
 ) -> None:
     """Also when some of them start slowly, and all begin at once."""
     classic = [replace(BOX, name=f"classic-{number}") for number in range(3)]
@@ -310,33 +297,31 @@ def test_each_queue_has_the_prefetch_for_itself(
         deliveries = reader.take(3 * 7 + 3)
         slow = {spec.name: 1 for spec in quorum}
         fast = {spec.name: 7 for spec in classic}
-        assert {**slow, **fast} == prefetches(rabbitmq_node, settings)
+        assert {**slow, **fast} == prefetches(node, settings)
         reader.ack(*[each for each in deliveries if each.queue in quorum])
         reader.work(3 * 19)  # all of the quorum queues: those of the others were not settled
         expected = {spec.name: 7 for spec in (*classic, *quorum)}
-        assert expected == prefetches(rabbitmq_node, settings)
+        assert expected == prefetches(node, settings)
 
 
-@rabbitmq
 def test_a_queue_with_a_delivery_limit_starts_slowly(
-    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer
+    node: Node, reader: Reader, peer: Peer
 ) -> None:
     """What makes the process crash is counted alone: the first delivery comes by itself."""
     reader.bind(QUORUM)
     peer.send_numbers("quorum", *range(30))
     reader.consume(QUORUM)
     [first] = reader.take()
-    assert {"quorum": 1} == prefetches(rabbitmq_node, reader.connection.settings)
+    assert {"quorum": 1} == prefetches(node, reader.connection.settings)
     assert [] == list(reader.subscriber.inbox)
     reader.ack(first)
     others = reader.take(10)
-    assert {"quorum": 10} == prefetches(rabbitmq_node, reader.connection.settings)
+    assert {"quorum": 10} == prefetches(node, reader.connection.settings)
     assert [b"%d" % number for number in range(1, 11)] == [each.body for each in others]
 
 
-@rabbitmq
 def test_a_message_that_is_given_back_does_not_end_the_slow_start(
-    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer
+    node: Node, reader: Reader, peer: Peer
 ) -> None:
     """Only one that was handled shows that the process survives its messages."""
     reader.bind(QUORUM)
@@ -345,15 +330,35 @@ def test_a_message_that_is_given_back_does_not_end_the_slow_start(
     [first] = reader.take()
     reader.subscriber.give_back(first)
     [again] = reader.take()
-    assert {"quorum": 1} == prefetches(rabbitmq_node, reader.connection.settings)
+    assert {"quorum": 1} == prefetches(node, reader.connection.settings)
     reader.settle(Settlement.REJECT, again)
     reader.take(10)
-    assert {"quorum": 10} == prefetches(rabbitmq_node, reader.connection.settings)
+    assert {"quorum": 10} == prefetches(node, reader.connection.settings)
 
 
-@rabbitmq
+@pytest.mark.parametrize("after", [0.0, 0.05])
+def test_a_slow_start_can_be_ended_by_trust(
+    node: Node, reader: Reader, peer: Peer, after: float
+) -> None:
+    """For a handler that waits for others; nothing is delivered twice over it."""
+    others = [replace(QUORUM, name=f"other-{number}") for number in range(3)]
+    for spec in (QUORUM, *others):
+        reader.bind(spec)
+        peer.send_numbers(spec.name, *range(20))
+    for spec in (QUORUM, *others):
+        reader.subscriber.consume(spec)
+    firsts = reader.take(4)
+    for spec in (QUORUM, *others):
+        reader.subscriber.trust(spec, after)
+        reader.subscriber.trust(spec, after)
+    deliveries = reader.take(4 * 10)
+    assert [False] * 44 == [each.redelivered for each in (*firsts, *deliveries)]
+    expected = {spec.name: 10 for spec in (QUORUM, *others)}
+    assert expected == prefetches(node, reader.connection.settings)
+
+
 def test_a_slow_start_begins_anew_with_each_connection(
-    rabbitmq_node: RabbitNode, far_reader: Reader, proxy: Proxy, peer: Peer
+    node: Node, far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
     """Perhaps a message made the broker drop us."""
     far_reader.bind(QUORUM)
@@ -363,12 +368,11 @@ def test_a_slow_start_begins_anew_with_each_connection(
     far_reader.take(10)
     cut(proxy, far_reader)
     far_reader.take(1)
-    assert {"quorum": 1} == prefetches(rabbitmq_node, far_reader.connection.settings)
+    assert {"quorum": 1} == prefetches(node, far_reader.connection.settings)
 
 
-@rabbitmq
 def test_several_slow_starts_redeliver_nothing(
-    rabbitmq_node: RabbitNode, settings: Settings, peer: Peer
+    node: Node, settings: Settings, peer: Peer
 ) -> None:
     """A message that were on its way while its consumer changes would count as delivered twice."""
     specs = [replace(QUORUM, name=f"quorum-{number}") for number in range(4)]
@@ -386,13 +390,12 @@ def test_several_slow_starts_redeliver_nothing(
             reader.subscriber.flush()
         assert [] == redelivered
         expected = {spec.name: 10 for spec in specs}
-        wait_until(lambda: prefetches(rabbitmq_node, settings) == expected)
+        wait_until(lambda: prefetches(node, settings) == expected)
 
 
 # ---------------------------------------------------------------------- settlements out
 
 
-@rabbitmq
 def test_what_was_not_settled_comes_again(settings: Settings, peer: Peer) -> None:
     """To whoever consumes next, and only that."""
     with Reader(settings) as reader:
@@ -411,7 +414,6 @@ def test_what_was_not_settled_comes_again(settings: Settings, peer: Peer) -> Non
         ]
 
 
-@rabbitmq
 def test_acks_leave_although_nobody_waits(reader: Reader, peer: Peer) -> None:
     """The guard of the loop sends them, while this thread does something else."""
     reader.bind(BOX)
@@ -422,7 +424,6 @@ def test_acks_leave_although_nobody_waits(reader: Reader, peer: Peer) -> None:
     wait_until(lambda: "0 unsettled" in repr(reader.subscriber))
 
 
-@rabbitmq
 def test_a_refused_message_goes_to_the_error_queue(reader: Reader, peer: Peer) -> None:
     """REJECT dead-letters, where the queue says so."""
     reader.bind(QUORUM)
@@ -433,7 +434,6 @@ def test_a_refused_message_goes_to_the_error_queue(reader: Reader, peer: Peer) -
     assert b"odd" == peer.fetch("quorum.error")
 
 
-@rabbitmq
 def test_a_refused_message_is_dropped_where_there_is_no_error_queue(
     reader: Reader, peer: Peer
 ) -> None:
@@ -448,7 +448,6 @@ def test_a_refused_message_is_dropped_where_there_is_no_error_queue(
     assert 0 == peer.count("box")
 
 
-@rabbitmq
 def test_a_message_that_is_given_back_comes_again(reader: Reader, peer: Peer) -> None:
     """At once, also to another consumer."""
     reader.bind(BOX)
@@ -461,7 +460,6 @@ def test_a_message_that_is_given_back_comes_again(reader: Reader, peer: Peer) ->
     reader.ack(second, again)
 
 
-@rabbitmq
 @pytest.mark.parametrize("second", list(Settlement))
 def test_a_second_settlement_changes_nothing(
     reader: Reader, peer: Peer, second: Settlement
@@ -484,7 +482,6 @@ def test_a_second_settlement_changes_nothing(
     assert 0 == peer.count("box")
 
 
-@rabbitmq
 def test_a_delivery_of_an_older_channel_is_not_settled(
     far_reader: Reader, proxy: Proxy, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -504,10 +501,9 @@ def test_a_delivery_of_an_older_channel_is_not_settled(
     assert far_reader.subscriber.close(5.0)
     assert 1 == peer.count("box")
     assert b"3" == peer.fetch("box")
-    assert "406" not in caplog.text
+    assert "PRECONDITION_FAILED" not in caplog.text
 
 
-@rabbitmq
 def test_an_outage_empties_the_inbox(far_reader: Reader, proxy: Proxy, peer: Peer) -> None:
     """What lies there is delivered again, and may not be handled twice."""
     far_reader.bind(BOX)
@@ -520,7 +516,6 @@ def test_an_outage_empties_the_inbox(far_reader: Reader, proxy: Proxy, peer: Pee
     assert [] == list(far_reader.subscriber.inbox)
 
 
-@rabbitmq
 def test_what_nobody_starts_goes_back(
     settings: Settings, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -543,21 +538,16 @@ def test_what_nobody_starts_goes_back(
 # ------------------------------------------------------------------------------ topology
 
 
-def queues(node: RabbitNode, settings: Settings) -> dict[str, tuple[str, bool, dict[str, Any]]]:
+def queues(node: Node, settings: Settings) -> dict[str, tuple[str, bool, dict[str, Any]]]:
     """Ask the broker for the type, the durability and the arguments of each queue."""
-    fields = ("name", "type", "durable", "arguments")
-    rows = node.ctl("list_queues", "--formatter", "json", "--vhost", settings.vhost, *fields)
-    found = {}
-    for row in json.loads(rows):
-        arguments = {name: value for name, _type, value in row["arguments"]}
-        kind = "quorum" if "quorum" in row["type"] else "classic"
-        found[row["name"]] = (kind, row["durable"], arguments)
-    return found
+    return {
+        each.name: (each.type, each.durable, each.arguments)
+        for each in node.queues(settings.vhost)
+    }
 
 
-@rabbitmq
 def test_queues_are_declared_as_the_architecture_says(
-    rabbitmq_node: RabbitNode, reader: Reader
+    node: Node, reader: Reader
 ) -> None:
     """Arguments cannot be changed in the field, so they are part of the contract."""
     for spec in (
@@ -592,18 +582,17 @@ def test_queues_are_declared_as_the_architecture_says(
                 "x-max-length": 10,
             },
         ),
-    } == queues(rabbitmq_node, reader.connection.settings)
+    } == queues(node, reader.connection.settings)
 
 
-@rabbitmq
 def test_the_queues_of_an_application_are_declared_as_the_architecture_says(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """The shared one is a named queue; those of a host and of an instance expire."""
     fingerprint = {"name": "app", "pid": "17", "host": "host"}
     application = GenericApplication(fingerprint)
     try:
-        found = queues(rabbitmq_node, settings)
+        found = queues(node, settings)
     finally:
         application.close()
     assert ("quorum", "app.error") == (
@@ -616,9 +605,8 @@ def test_the_queues_of_an_application_are_declared_as_the_architecture_says(
     assert ("classic", True, {**classic, "x-expires": 600_000}) == found["app.17@host"]
 
 
-@rabbitmq
 def test_the_type_of_named_queues_can_be_chosen(
-    rabbitmq_node: RabbitNode, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    node: Node, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """POSTAGE_QUEUE_TYPE=classic, for brokers that have no quorum queues to spare."""
     monkeypatch.setenv("POSTAGE_QUEUE_TYPE", "classic")
@@ -627,10 +615,9 @@ def test_the_type_of_named_queues_can_be_chosen(
     assert {
         "orders": ("classic", True, {"x-queue-type": "classic", **dead}),
         "orders.error": ("classic", True, {"x-queue-type": "classic"}),
-    } == queues(rabbitmq_node, reader.connection.settings)
+    } == queues(node, reader.connection.settings)
 
 
-@rabbitmq
 def test_what_is_sent_after_the_binding_is_kept(reader: Reader, peer: Peer) -> None:
     """Consuming may begin much later, also on a queue that has no name."""
     for spec in (BOX, NAMELESS):
@@ -640,9 +627,8 @@ def test_what_is_sent_after_the_binding_is_kept(reader: Reader, peer: Peer) -> N
     assert [b"early"] * 2 == reader.work(2)
 
 
-@rabbitmq
 def test_a_nameless_queue_may_have_many_bindings(
-    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer
+    node: Node, reader: Reader, peer: Peer
 ) -> None:
     """They lead to one queue."""
     for key in ("a", "b", "c"):
@@ -651,10 +637,9 @@ def test_a_nameless_queue_may_have_many_bindings(
     for key in ("a", "b", "c"):
         peer.send(key, key.encode(), exchange="letters")
     assert [b"a", b"b", b"c"] == reader.work(3)
-    assert 1 == len(queues(rabbitmq_node, reader.connection.settings))
+    assert 1 == len(queues(node, reader.connection.settings))
 
 
-@rabbitmq
 def test_a_nameless_queue_gets_a_new_name_after_an_outage(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -673,9 +658,8 @@ def test_a_nameless_queue_gets_a_new_name_after_an_outage(
     assert [b"a", b"b"] == far_reader.work(2)
 
 
-@rabbitmq
 def test_a_nameless_queue_outlives_its_channel(
-    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer
+    node: Node, reader: Reader, peer: Peer
 ) -> None:
     """A channel that is lost alone, because of another queue, costs no messages."""
     reader.bind(NAMELESS, "key", LETTERS)
@@ -687,12 +671,11 @@ def test_a_nameless_queue_outlives_its_channel(
     reader.wait_for(lambda: not reader.subscriber.consuming)
     reader.wait_for(lambda: reader.subscriber.consuming)
     assert name == reader.subscriber.name_of(NAMELESS)
-    assert {name, "box"} == set(queues(rabbitmq_node, reader.connection.settings))
+    assert {name, "box"} == set(queues(node, reader.connection.settings))
     peer.send("key", b"late", exchange="letters")
     assert [b"early", b"late"] == reader.work(2)
 
 
-@rabbitmq
 def test_a_nameless_queue_that_was_deleted_is_made_anew(reader: Reader, peer: Peer) -> None:
     """With its bindings, as any other."""
     reader.bind(NAMELESS, "key", LETTERS)
@@ -709,7 +692,6 @@ def deleting(channel: Any, queue: str) -> Any:
     yield partial(channel.queue_delete, queue)
 
 
-@rabbitmq
 def test_the_topology_is_put_back_after_an_outage(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -746,7 +728,6 @@ def test_the_topology_is_put_back_after_an_outage(
     assert 0 == peer.count("quorum.error")
 
 
-@rabbitmq
 def test_a_binding_that_was_taken_back_stays_so(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -768,14 +749,12 @@ def test_a_binding_that_was_taken_back_stays_so(
     assert [True, True] == [peer.routes("letters", key) for key in "ab"]
 
 
-@rabbitmq
 def test_a_binding_can_be_taken_back_that_is_not_there(reader: Reader) -> None:
     """As RabbitMQ itself allows."""
     reader.bind(BOX, "a", LETTERS)
     reader.unbind(BOX, "b", LETTERS)
 
 
-@rabbitmq
 def test_a_mismatching_queue_is_explained(reader: Reader, peer: Peer) -> None:
     """The error has the broker's words, all that was asked, and the ways out."""
     peer.channel.queue_declare("quorum", durable=True)
@@ -790,7 +769,6 @@ def test_a_mismatching_queue_is_explained(reader: Reader, peer: Peer) -> None:
     assert "POSTAGE_ON_MISMATCH=adopt" in text
 
 
-@rabbitmq
 def test_a_mismatching_error_queue_is_explained(reader: Reader, peer: Peer) -> None:
     """It is that one which the error names."""
     peer.channel.queue_declare("quorum.error", durable=True)
@@ -798,7 +776,6 @@ def test_a_mismatching_error_queue_is_explained(reader: Reader, peer: Peer) -> N
         reader.bind(QUORUM)
 
 
-@rabbitmq
 def test_a_mismatching_exchange_is_explained(reader: Reader, peer: Peer) -> None:
     """As a queue."""
     peer.channel.exchange_declare("letters", "fanout", durable=True)
@@ -809,7 +786,6 @@ def test_a_mismatching_exchange_is_explained(reader: Reader, peer: Peer) -> None
     assert "POSTAGE_ON_MISMATCH=adopt" in text
 
 
-@rabbitmq
 def test_what_mismatches_can_be_adopted(
     far_reader: Reader,
     proxy: Proxy,
@@ -829,14 +805,13 @@ def test_what_mismatches_can_be_adopted(
     assert "used as it is" in caplog.text
     caplog.clear()
     cut(proxy, far_reader)
-    assert "406" not in caplog.text
+    assert "PRECONDITION_FAILED" not in caplog.text
     peer.send("whatever", b"hello", exchange="letters")
     assert [b"hello"] == far_reader.work(1)
 
 
-@rabbitmq
 def test_what_was_adopted_and_then_deleted_is_made_as_it_should_be(
-    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    node: Node, reader: Reader, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way to mend a mismatch is to delete the queue, also while it is consumed."""
     monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
@@ -846,11 +821,10 @@ def test_what_was_adopted_and_then_deleted_is_made_as_it_should_be(
     peer.channel.queue_delete("quorum")
     reader.wait_for(lambda: not reader.subscriber.consuming)
     reader.wait_for(lambda: reader.subscriber.consuming)
-    assert "quorum" == queues(rabbitmq_node, reader.connection.settings)["quorum"][0]
+    assert "quorum" == queues(node, reader.connection.settings)["quorum"][0]
     assert peer.routes("letters", "key")
 
 
-@rabbitmq
 def test_a_queue_of_another_connection_is_refused_with_advice(reader: Reader) -> None:
     """An exclusive queue that two programs claim."""
     spec = Queue("mine", exclusive=True).spec()
@@ -872,7 +846,6 @@ def test_without_a_broker_a_binding_fails_in_time() -> None:
 # --------------------------------------------------------------------------- going on
 
 
-@rabbitmq
 def test_a_queue_that_somebody_else_declared_can_be_consumed(reader: Reader, peer: Peer) -> None:
     """Also if that happens later."""
     reader.subscriber.consume(BOX)
@@ -882,7 +855,6 @@ def test_a_queue_that_somebody_else_declared_can_be_consumed(reader: Reader, pee
     assert [b"hello"] == reader.work(1)
 
 
-@rabbitmq
 def test_a_queue_that_was_replaced_during_an_outage_is_reported_and_waited_for(
     far_reader: Reader, proxy: Proxy, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -901,7 +873,6 @@ def test_a_queue_that_was_replaced_during_an_outage_is_reported_and_waited_for(
     assert [b"hello"] == far_reader.work(1)
 
 
-@rabbitmq
 @pytest.mark.parametrize("spec", [BOX, QUORUM], ids=["classic", "quorum"])
 def test_a_queue_that_is_deleted_under_its_consumer_comes_back(
     reader: Reader, peer: Peer, spec: QueueSpec, caplog: pytest.LogCaptureFixture
@@ -917,7 +888,6 @@ def test_a_queue_that_is_deleted_under_its_consumer_comes_back(
     assert [b"hello"] == reader.work(1)
 
 
-@rabbitmq
 def test_what_was_decided_is_sent_before_a_channel_is_given_up(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -936,7 +906,6 @@ def test_what_was_decided_is_sent_before_a_channel_is_given_up(
     assert b"2" == again.body
 
 
-@rabbitmq
 def test_consuming_can_be_stopped_and_begun_again(reader: Reader, peer: Peer) -> None:
     """All queues, and as often as one likes."""
     reader.bind(BOX)
@@ -949,10 +918,10 @@ def test_consuming_can_be_stopped_and_begun_again(reader: Reader, peer: Peer) ->
         reader.subscriber.stop()
         reader.wait_for(reader.subscriber.stopped)
         assert not reader.subscriber.consuming
-        assert [0, 0] == [peer.consumers(name) for name in ("box", "quorum")]
+        # That of a quorum queue lags behind its cancel-ok.
+        wait_until(lambda: [0, 0] == [peer.consumers(name) for name in ("box", "quorum")])
 
 
-@rabbitmq
 def test_one_queue_can_be_stopped_and_begun_again(reader: Reader, peer: Peer) -> None:
     """The others go on meanwhile."""
     reader.bind(BOX)
@@ -968,7 +937,6 @@ def test_one_queue_can_be_stopped_and_begun_again(reader: Reader, peer: Peer) ->
     assert [b"1"] == reader.work(1)
 
 
-@rabbitmq
 def test_a_consumer_that_is_stopped_before_it_began_is_not_live(reader: Reader, peer: Peer) -> None:
     """The broker's consent comes after we changed our mind."""
     reader.bind(BOX)
@@ -986,7 +954,6 @@ def test_a_consumer_that_is_stopped_before_it_began_is_not_live(reader: Reader, 
     assert 0 == peer.consumers("box")
 
 
-@rabbitmq
 def test_nothing_comes_in_after_the_stop(reader: Reader, peer: Peer) -> None:
     """And what was on its way is back in its queue."""
     reader.bind(BOX)
@@ -1002,7 +969,6 @@ def test_nothing_comes_in_after_the_stop(reader: Reader, peer: Peer) -> None:
         reader.work(10)
 
 
-@rabbitmq
 def test_a_prefetch_that_amqp_does_not_know_ends_the_consumer(settings: Settings) -> None:
     """The thread that waits for messages learns it, and need not wait for ever."""
     with Reader(settings, prefetch=70_000) as reader:
@@ -1013,7 +979,6 @@ def test_a_prefetch_that_amqp_does_not_know_ends_the_consumer(settings: Settings
         assert not reader.subscriber.consuming
 
 
-@rabbitmq
 def test_a_setting_that_makes_no_sense_does_not_end_the_consumer(
     far_reader: Reader,
     proxy: Proxy,
@@ -1037,7 +1002,6 @@ def test_a_setting_that_makes_no_sense_does_not_end_the_consumer(
 # --------------------------------------------------------------------- exclusive consumers
 
 
-@rabbitmq
 def test_an_exclusive_consumer_takes_over_when_its_holder_goes(
     settings: Settings, peer: Peer
 ) -> None:
@@ -1056,7 +1020,6 @@ def test_an_exclusive_consumer_takes_over_when_its_holder_goes(
         assert [b"hello"] == heir.work(1)
 
 
-@rabbitmq
 @pytest.mark.slow
 def test_two_programs_that_claim_one_queue_are_told_so(settings: Settings) -> None:
     """After four heartbeats nobody can believe in a former connection any more."""
@@ -1072,7 +1035,6 @@ def test_two_programs_that_claim_one_queue_are_told_so(settings: Settings) -> No
         assert "Two processes claim this queue" in str(heir.subscriber.failure)
 
 
-@rabbitmq
 @pytest.mark.slow
 def test_a_refusal_is_not_counted_from_the_time_before(settings: Settings) -> None:
     """A program that began to consume late has as much patience as any other."""
@@ -1088,7 +1050,6 @@ def test_a_refusal_is_not_counted_from_the_time_before(settings: Settings) -> No
         assert None is heir.subscriber.failure
 
 
-@rabbitmq
 def test_a_refused_login_ends_the_consumer(settings: Settings) -> None:
     """The thread that waits for messages learns it."""
     with Reader(replace(settings, password="letmein")) as reader:
@@ -1103,7 +1064,6 @@ def test_a_refused_login_ends_the_consumer(settings: Settings) -> None:
 # ------------------------------------------------------------------------------- the end
 
 
-@rabbitmq
 def test_acks_are_sent_before_the_close(settings: Settings, peer: Peer) -> None:
     """And True means that the broker took them."""
     for _ in range(10):
@@ -1116,7 +1076,6 @@ def test_acks_are_sent_before_the_close(settings: Settings, peer: Peer) -> None:
         assert 0 == peer.count("box")
 
 
-@rabbitmq
 def test_a_close_without_an_answer_does_not_claim_consent(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -1129,7 +1088,6 @@ def test_a_close_without_an_answer_does_not_claim_consent(
     wait_until(lambda: peer.consumers("box") == 0)
 
 
-@rabbitmq
 def test_a_close_during_an_outage_does_not_claim_consent(far_reader: Reader, proxy: Proxy) -> None:
     """It returns at once: what was decided will be decided again by somebody else."""
     far_reader.bind(BOX)
@@ -1139,7 +1097,6 @@ def test_a_close_during_an_outage_does_not_claim_consent(far_reader: Reader, pro
         assert not far_reader.subscriber.close(DEADLINE)
 
 
-@rabbitmq
 def test_a_close_that_the_broker_answers_with_an_error_is_no_consent(
     reader: Reader, peer: Peer
 ) -> None:
@@ -1162,7 +1119,6 @@ def test_a_close_that_the_broker_answers_with_an_error_is_no_consent(
     wait_until(lambda: peer.count("box") == 1)
 
 
-@rabbitmq
 def test_an_outage_while_leaving_is_no_consent(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -1182,14 +1138,12 @@ def test_an_outage_while_leaving_is_no_consent(
     assert 1 == peer.count("box")
 
 
-@rabbitmq
 def test_who_never_consumed_closes_at_once(reader: Reader) -> None:
     """There is nothing that the broker could disagree with."""
     reader.bind(BOX)
     assert reader.subscriber.close(5.0)
 
 
-@rabbitmq
 def test_a_second_close_is_no_consent(reader: Reader) -> None:
     """It settles nothing."""
     reader.bind(BOX)
@@ -1198,7 +1152,6 @@ def test_a_second_close_is_no_consent(reader: Reader) -> None:
     assert not reader.subscriber.close(5.0)
 
 
-@rabbitmq
 def test_consuming_goes_on_after_an_unclean_close(
     far_reader: Reader, proxy: Proxy, peer: Peer
 ) -> None:
@@ -1220,9 +1173,8 @@ def test_consuming_goes_on_after_an_unclean_close(
     assert [0, 0] == [peer.count(name) for name in ("box", "quorum")]
 
 
-@rabbitmq
 def test_after_a_resume_each_queue_is_consumed_once(
-    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer
+    node: Node, reader: Reader, peer: Peer
 ) -> None:
     """Also if it was about to be consumed anew when it was closed."""
     reader.bind(BOX)
@@ -1236,12 +1188,12 @@ def test_after_a_resume_each_queue_is_consumed_once(
     reader.hub.call(lambda: reader.hub.call_later(1.0, lambda: fired.append(True)))
     reader.wait_for(lambda: fired)  # the pause of the former attempt is over by then
     assert 1 == peer.consumers("box")
-    assert 1 == channel_count(rabbitmq_node, reader.connection.settings) - 1  # the peer's
+    # One is the peer's.
+    wait_until(lambda: 1 + 1 == channel_count(node, reader.connection.settings))
 
 
-@rabbitmq
 def test_a_closed_subscriber_leaves_no_channel(
-    rabbitmq_node: RabbitNode, settings: Settings
+    node: Node, settings: Settings
 ) -> None:
     """Also if it was closed before its channel was there."""
     with Reader(settings) as reader, Reader(settings) as other:
@@ -1255,10 +1207,9 @@ def test_a_closed_subscriber_leaves_no_channel(
         reader.hub.call(hurry)
         reader.wait_for(lambda: agreed)
         other.bind(BOX)
-        wait_until(lambda: channel_count(rabbitmq_node, settings) == 0)
+        wait_until(lambda: channel_count(node, settings) == 0)
 
 
-@rabbitmq
 def test_two_subscribers_share_a_connection(settings: Settings, peer: Peer) -> None:
     """Each has a channel, and settles its own messages only."""
     with Reader(settings) as one, Reader(settings) as two:
@@ -1276,7 +1227,6 @@ def test_two_subscribers_share_a_connection(settings: Settings, peer: Peer) -> N
     assert [0, 5] == [peer.count(name) for name in ("box", "crate")]
 
 
-@rabbitmq
 @pytest.mark.slow
 def test_nothing_is_lost_or_left_over_in_a_bad_network(
     settings: Settings, far_reader: Reader, proxy: Proxy, peer: Peer
