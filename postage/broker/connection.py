@@ -257,7 +257,8 @@ class Connection:
         except Exception as error:
             logger.exception("the broker failed on a frame of %s", self.peer)
             self._refuse(Refusal(INTERNAL_ERROR, repr(error)), frame)
-        if self.vhost is not None:
+        # Those of a circle get no more than their part of a turn.
+        if self.vhost is not None and not self.node.has_more:
             self.vhost.publish_dead_letters()
 
     def _refuse(self, refusal: Refusal, frame: frames.Frame) -> None:

@@ -16,7 +16,7 @@ from postage.broker.clock import Clock, Timer
 from postage.broker.connection import Connection
 from postage.broker.errors import BrokerError
 from postage.broker.store import Store, Stored
-from postage.broker.vhost import VirtualHost
+from postage.broker.vhost import DEAD_LETTERS_AT_ONCE, VirtualHost
 
 if TYPE_CHECKING:
     from postage.broker.channel import Channel
@@ -31,6 +31,8 @@ LOOK_SECONDS = 60.0
 MEMORY_LIMIT = 1 << 30
 #: Below this part of the limit they go on.
 MEMORY_RESUME = 0.9
+#: How many dead letters are published in each turn once there were too many for one.
+DEAD_LETTERS_LATER = 30
 #: Seconds until a store that could not be written is tried again.
 STORE_PAUSE = 1.0
 
@@ -52,6 +54,7 @@ class Node:
 
     Attributes:
         dirty: connections that have something to send, in order.
+        has_more: there is more to do, which was left for the next turn.
         is_stalled: nothing is read or written (a fault).
         is_nacking: what is published is refused and thrown away (a fault).
         confirm_delay: seconds by which confirms are late (a fault).
@@ -77,6 +80,7 @@ class Node:
         self.vhosts: dict[str, VirtualHost] = {}
         self.connections: dict[Connection, None] = {}
         self.dirty: dict[Connection, None] = {}
+        self.has_more = False
         self.is_stalled = False
         self.is_nacking = False
         self.confirm_delay = 0.0
@@ -196,8 +200,11 @@ class Node:
         self.clock.run()
         if "memory" in self._alarms and self._memory < MEMORY_RESUME * self._memory_limit:
             self.clear_alarm("memory")
+        limit = DEAD_LETTERS_LATER if self.has_more else DEAD_LETTERS_AT_ONCE
+        self.has_more = False
         for vhost in self.vhosts.values():
-            vhost.publish_dead_letters()
+            vhost.publish_dead_letters(limit)
+            self.has_more = self.has_more or vhost.has_dead_letters
         if self._confirming:
             channels, self._confirming = self._confirming, {}
             if self.confirm_delay:

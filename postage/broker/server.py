@@ -301,7 +301,8 @@ class Server:
             for connection in dirty:
                 if connection in self.peers:
                     self.peers[connection].write()
-        if node.dirty and not node.is_stalled and not self._is_flush_due:
+        is_due = node.has_more or (bool(node.dirty) and not node.is_stalled)
+        if is_due and not self._is_flush_due:
             # What was written made room for more: others get their turn first.
             self._is_flush_due = True
             self.loop.call_soon(self.flush)

@@ -38,7 +38,12 @@ def select(channel: Channel, method: spec.Tx.Select, payload: bytes) -> None:
 def commit(channel: Channel, method: spec.Tx.Commit, payload: bytes) -> None:
     """Let all take effect. The answer waits for the disk, if something has to reach it."""
     done = _end(channel)
-    outcomes = [channel.publish(message, mandatory) for message, mandatory in done.messages]
+    try:
+        outcomes = [channel.publish(message, mandatory) for message, mandatory in done.messages]
+    except Refusal:  # an exchange is gone by now, and the channel ends: all is given back
+        for settled, _ in done.settlements:
+            channel.take_back(settled)
+        raise
     for settled, how in done.settlements:
         channel.settle(settled, how)
     if any(outcome.is_stored for outcome in outcomes):

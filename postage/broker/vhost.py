@@ -42,6 +42,8 @@ PREDECLARED = {
     "amq.match": "headers",
     "amq.rabbitmq.trace": "topic",
 }
+#: How many dead letters are published before others get their turn, which takes some 30 ms.
+DEAD_LETTERS_AT_ONCE = 300
 #: The queue that nobody declares: who consumes from it gets replies (RabbitMQ, direct reply-to).
 REPLY_TO = "amq.rabbitmq.reply-to"
 
@@ -472,14 +474,22 @@ class VirtualHost:
         """Publish a dead letter with the next call of `publish_dead_letters`."""
         self._dead.append((entry, reason))
 
-    def publish_dead_letters(self) -> None:
-        """Publish what died, and what died of that, and so on.
+    def publish_dead_letters(self, limit: int = DEAD_LETTERS_AT_ONCE) -> None:
+        """Publish what died, and what died of that, and so on, but not for ever.
 
-        It is not done where a message dies: a long chain of queues would nest as deeply.
+        It is not done where a message dies: a long chain of queues would nest as deeply. Queues
+        with a TTL of 0 can make a circle, which goes on with the next call, as RabbitMQ's does.
         """
-        while self._dead:
+        for _ in range(limit):
+            if not self._dead:
+                return
             entry, reason = self._dead.popleft()
             entry.queue.buried(entry, reason, is_taken=self._publish_dead_letter(entry, reason))
+
+    @property
+    def has_dead_letters(self) -> bool:
+        """Whether there are more to be published."""
+        return bool(self._dead)
 
     def _publish_dead_letter(self, entry: Entry, reason: str) -> bool:
         source = entry.queue.arguments

@@ -90,7 +90,10 @@ class Storm:
         for queue in tuple(host.queues.values()):
             assert 0 == queue.unsettled, queue
             host.delete_queue(queue)
+        # There may have been circles of dead letters, which end with their queues.
         self.desk.node.finish_turn()
+        while self.desk.node.has_more:
+            self.desk.node.finish_turn()
 
     def _step(self, number: int) -> None:
         caller = self.callers[number]

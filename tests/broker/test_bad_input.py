@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika import spec
 
-from postage.broker import Broker
+from postage.broker import Broker, fields
 from postage.broker.channel import MAX_MESSAGE_SIZE
 from postage.broker.connection import ROOM
 from tests.broker import wire
@@ -406,7 +406,7 @@ def errors_logged() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_a_storm_leaves_nothing_behind(seed: int) -> None:
     """Clients that do anything at random cause no error of the broker, and no message is left."""
@@ -735,6 +735,29 @@ def test_two_thousand_channels_and_consumers_go_with_their_connection(broker: Br
         )
         deleted = other.ask(spec.Queue.Delete(queue="many"), spec.Queue.DeleteOk)
         assert 2000 == deleted.message_count
+
+
+def test_a_circle_of_dead_letters_does_not_keep_the_broker_from_others() -> None:
+    """A header that the client made up keeps RabbitMQ's rule from ending it."""
+    with Broker() as broker, RawClient.opened(broker.port) as client:
+        client.open_channel()
+        for queue, other in (("q", "r"), ("r", "q")):
+            arguments = {"x-message-ttl": 0, "x-dead-letter-exchange": ""}
+            arguments["x-dead-letter-routing-key"] = other
+            client.ask(spec.Queue.Declare(queue=queue, arguments=arguments), spec.Queue.DeclareOk)
+        death = {"queue": fields.encode("s"), "reason": fields.encode("rejected")}
+        headers = fields.join({"x-death": fields.array([fields.table(death)])})
+        client.send(published(b"\x20\0" + headers))
+
+        def is_going_round(server: Any) -> bool:
+            return bool(server.node.has_more)
+
+        wait_until(lambda: broker._call(is_going_round))
+        assert_serves(broker.port)
+        assert broker._call(is_going_round)
+        for queue in ("q", "r"):
+            client.ask(spec.Queue.Delete(queue=queue), spec.Queue.DeleteOk)
+        wait_until(lambda: not broker._call(is_going_round))
 
 
 def test_no_buffer_of_a_client_outgrows_its_room(broker: Broker) -> None:

@@ -378,6 +378,23 @@ def test_what_is_not_committed_is_limited_too(desk: Desk) -> None:
     assert 0 == caller.connection.unfinished
 
 
+def test_a_commit_that_fails_gives_back_what_was_settled(desk: Desk) -> None:
+    """An exchange that was there when the message came may be gone."""
+    caller = desk.opened()
+    caller.ask(spec.Queue.Declare(queue="q"))
+    caller.ask(spec.Exchange.Declare(exchange="e"))
+    caller.send(wire.message("q", b"hello"))
+    caller.ask(spec.Tx.Select())
+    assert b"hello" == get(caller)
+    caller.send(method(spec.Basic.Ack(1), 1) + wire.message("", exchange="e"))
+    desk.opened().ask(spec.Exchange.Delete(exchange="e"))
+
+    (answer,) = caller.ask(spec.Tx.Commit())
+
+    assert (404, 90, 20) == (answer.reply_code, answer.class_id, answer.method_id)
+    assert b"hello" == get(desk.opened())
+
+
 def test_the_channels_that_are_open_count_and_not_their_numbers(desk: Desk) -> None:
     """As in RabbitMQ 3.10, where any number is free for the next."""
     caller = desk.connect().send(wire.HEADER + login() + tune(channel_max=2) + opening())
@@ -933,6 +950,26 @@ def test_a_timeout_of_nothing_does_not_keep_the_broker_busy() -> None:
 
     (answer,) = caller.take()
     assert (spec.Channel.Close, 406) == (type(answer), answer.reply_code)
+
+
+def test_a_circle_of_dead_letters_leaves_time_for_others(desk: Desk) -> None:
+    """A death by rejection is in the header, so that no rule breaks the circle."""
+    caller = desk.opened()
+    for queue, other in (("q", "r"), ("r", "q")):
+        arguments = {"x-message-ttl": 0, "x-dead-letter-exchange": ""}
+        arguments["x-dead-letter-routing-key"] = other
+        caller.ask(spec.Queue.Declare(queue=queue, arguments=arguments))
+    death = {"queue": fields.encode("s"), "reason": fields.encode("rejected")}
+    headers = fields.join({"x-death": fields.array([fields.table(death)])})
+    caller.send(method(spec.Basic.Publish(routing_key="q"), 1) + header(0, b"\x20\0" + headers))
+
+    for _ in range(3):
+        desk.node.finish_turn()
+        assert desk.node.has_more
+        assert serves_others(desk)
+    for queue in ("q", "r"):
+        caller.ask(spec.Queue.Delete(queue=queue))
+    assert not desk.node.has_more
 
 
 def test_a_connection_that_was_lost_is_forgotten(desk: Desk) -> None:

@@ -45,8 +45,19 @@ def serves(url: str) -> bool:
         return bool(answer[2] == b"hello")
 
 
+@pytest.fixture(autouse=True)
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the brokers that other tests keep for a while."""
+    monkeypatch.setattr(f"{__name__}.OTHERS", set(threading.enumerate()))
+
+
+#: Threads that were there before the test.
+OTHERS: set[threading.Thread] = set()
+
+
 def threads() -> list[str]:
-    return [each.name for each in threading.enumerate() if each.name == "postage-broker"]
+    new = [each for each in threading.enumerate() if each not in OTHERS]
+    return [each.name for each in new if each.name == "postage-broker"]
 
 
 # Starting and stopping
