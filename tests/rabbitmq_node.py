@@ -70,7 +70,7 @@ class RabbitNode:
         if scripts is None:
             raise FileNotFoundError("rabbitmq-server is not installed")
         self._scripts = scripts
-        self.port, distribution_port, epmd_port = _free_ports(3)
+        self.port, distribution_port, epmd_port = free_ports(3)
         self.folder = Path(tempfile.mkdtemp(prefix="postage-rabbitmq-"))
         self._environment = self._write_settings(config, distribution_port, epmd_port)
         self._node: subprocess.Popen[bytes] | None = None
@@ -278,7 +278,7 @@ def _erlang_list(names: Iterable[str]) -> str:
     return ", ".join(f'<<"{name}">>' for name in names)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody uses.
 
     They lie below those that Linux gives to outgoing connections. A client that tries again and
