@@ -77,7 +77,7 @@ class Outbox:
         self.pid = os.getpid()
         self._origin = (source, cause, handler)
         self._cause = cause
-        self._numbers: collections.Counter[Any] = collections.Counter()
+        self._numbers: collections.Counter[str] = collections.Counter()
         self._state = State.OPEN
         self._held: collections.deque[Parcel] = collections.deque()
         self._then: list[Callable[[], None]] = []
@@ -112,9 +112,10 @@ class Outbox:
         """
         if not self._cause:
             return new_message_id()
+        what = ascii((*self._origin, kind, addresses))
         with self._lock:
-            number = self._numbers[kind, addresses] = self._numbers[kind, addresses] + 1
-        return str(uuid.uuid5(_IDS, ascii((*self._origin, kind, addresses, number))))
+            self._numbers[what] += 1
+            return str(uuid.uuid5(_IDS, f"{what} {self._numbers[what]}"))
 
     def hold(self, publisher: Publisher, composed: Composed, future: Held | None = None) -> bool:
         """Keep a message, and tell whether it is kept; if not, it is not this handler's.
