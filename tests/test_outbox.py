@@ -193,6 +193,7 @@ def test_what_a_handler_sends_leaves_when_it_has_succeeded(kind: str, sender: Se
     """In order, and nothing before. The message is acked then."""
     with Running(own := own_with(kind, send_three)):
         sender.message_run(None)
+        own.wait_for(1)  # it has looked by then, and nothing was taken before
         assert [0, 1, 2] == said(3)
 
     assert [(0, 0)] == own.log
@@ -438,6 +439,7 @@ def test_tasks_and_threads_of_asyncio_belong_to_the_handler(sender: Sender) -> N
         async def later(self) -> None:
             while not self.go_on.is_set():
                 await asyncio.sleep(0.01)
+            assert outboxes.current() is None
             await self.producer.message_child("later", _future=True)
             with pytest.raises(PostageError, match="event loop"):
                 self.producer.message_child("would block")
@@ -646,6 +648,28 @@ def test_the_messages_of_several_producers_leave_in_order(sender: Sender) -> Non
         assert list(range(20)) == said(20)
 
     assert [] == rest_of("q.error")
+
+
+def test_the_messages_of_a_handler_may_go_to_several_brokers(embedded: Broker) -> None:
+    """Each leaves by its own producer's connection."""
+    url = embedded.add_vhost("second")
+
+    def act(own: Any, _parameters: Any) -> None:
+        with Children(vhost="second") as second:
+            for number in range(3):
+                own.producer.message_child(number)
+                second.message_child(-number, _mandatory=False)
+            own.log.append(second)
+
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        channel = connection.channel()
+        channel.queue_declare("children")
+        with Sender() as sender, Running(own_with("plain", act)):
+            sender.message_run(None)
+            assert [0, 1, 2] == said(3)
+            bodies = [body for _, body in take(channel, "children", 3)]
+
+    assert [0, -1, -2] == [json.loads(body)["content"]["parameters"] for body in bodies]
 
 
 def test_a_large_outbox_leaves_in_pieces(sender: Sender) -> None:
