@@ -17,7 +17,7 @@ import pytest
 
 from postage import outbox as outboxes
 from postage.broker import Broker
-from postage.errors import AckAndRestart, ClosedError, ExitScheduler, PostageError
+from postage.errors import ClosedError, ExitScheduler, PostageError
 from postage.futures import Future
 from postage.generic_application import GenericApplicationExchange
 from postage.messaging import (
@@ -265,19 +265,17 @@ def test_a_signal_that_acks_the_message_sends_its_outbox(
     assert [] == rest_of("q")
 
 
-def test_a_restart_sends_the_outbox_first(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_sends_the_outbox_first(sender: Sender) -> None:
     """`AckAndRestart` is a success."""
-    monkeypatch.setattr("postage.restart.execute", lambda *_args: None)
+    with Program(["-m", "tests.programs_for_tests.outboxes", "renewed"]) as program:
+        program.wait_for_line("ready", PATIENCE)
+        sender.message_renew(_eks=[(GenericApplicationExchange, "renewed/rr")])
+        wait_until(lambda: program.lines.count("ready") == 2, PATIENCE)
+        assert ["renewed"] == said(1)
+        program.terminate()
+        assert 0 == program.wait(PATIENCE)
 
-    def act(own: Any, _parameters: Any) -> None:
-        own.producer.message_child("child")
-        raise AckAndRestart
-
-    with Running(own_with("plain", act)) as running:
-        sender.message_run(None)
-        running.join()
-
-    assert ["child"] == said(1)
+    assert [] == rest_of("renewed") + rest_of("children")
 
 
 # --------------------------------------------------------------- which handlers, which sends

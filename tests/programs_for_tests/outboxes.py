@@ -14,6 +14,7 @@ from typing import Any
 
 from postage.generic_application import GenericApplication
 from postage.messaging import (
+    AckAndRestart,
     DefaultExchange,
     Fingerprint,
     GenericConsumer,
@@ -64,6 +65,11 @@ class Component(GenericApplication):
         for part in content["parameters"]:
             children.message_part(part)
         reach("handled")
+
+    @MessageHandler("command", "renew")
+    def msg_renew(self, content: Any) -> None:
+        children.message_part("renewed")
+        raise AckAndRestart
 
 
 children = Children()
