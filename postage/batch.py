@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from postage.errors import BatchError, ClosedError, PostageError, PublishUnknownError
+from postage import outbox as outboxes
+from postage.errors import ClosedError, PostageError
 from postage.futures import refuse_in_coroutine
 from postage.messages import MessageCommand
-from postage.sending import Composed, Sending
+from postage.sending import Composed, Report, Sending
 from postage.transport import connection as connections
 from postage.transport.publisher import Publishing
 
@@ -35,6 +36,8 @@ class Batch:
     It has the producer's ``message_x()``, ``message()`` and ``forward()``. They return when
     the message is on its way; the end of the block waits for all of them.
 
+    In a handler with an outbox its messages go there, and it neither waits nor lists them.
+
     Attributes:
         confirmed: The ids of the messages that the broker confirmed.
         failed: (message id, error) of those that certainly did not arrive everywhere.
@@ -45,22 +48,25 @@ class Batch:
             exception of the block itself goes first.
     """
 
+    _noun: ClassVar[str] = "batch"
+
     def __init__(self, producer: GenericProducer) -> None:
-        self.confirmed: list[str] = []
-        self.failed: list[tuple[str, Exception]] = []
-        self.unknown: list[tuple[str, Exception]] = []
+        self._report = report = Report()
+        self.confirmed, self.failed, self.unknown = report.confirmed, report.failed, report.unknown
         self._producer = producer
         self._publisher = producer._open()
         self._chunk: collections.deque[Publishing] = collections.deque()
         self._collecting = self._calling = False
         self._sent = 0
-        self._open = False
+        self._open = self._in_outbox = False
 
     def __repr__(self) -> str:
-        return f"<Batch [{self._sent} sent, {self._settled} settled]>"
+        return f"<{type(self).__name__} [{self._sent} sent, {self._report.settled} settled]>"
 
     def __enter__(self) -> Batch:
-        refuse_in_coroutine("the end of a batch", "run the batch in asyncio.to_thread()")
+        self._in_outbox = outboxes.current() is not None
+        if not self._in_outbox:  # else it has nothing to wait for
+            self._refuse_in_coroutine()
         self._open = True
         return self
 
@@ -75,14 +81,20 @@ class Batch:
             if kind is None:
                 self._check_fork()
             return
-        self._wait_for(lambda: self._settled >= self._sent)
-        if kind is None and (self.failed or self.unknown):
-            raise BatchError(self.confirmed, self.failed, self.unknown)
+        self._finish(kind is None)
+
+    def _finish(self, succeeded: bool) -> None:
+        """End the block in the process that began it."""
+        if self._report.settled < self._sent:
+            self._wait_for(lambda: self._report.settled >= self._sent)
+        if succeeded:
+            self._report.check()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if not name.startswith("message_"):
             raise AttributeError(
-                f"a batch has no attribute {name!r}: it sends with message_*, message and forward"
+                f"a {self._noun} has no attribute {name!r}: "
+                "it sends with message_*, message and forward"
             )
         return partial(self._build_and_send, self._producer._builder(name, MessageCommand))
 
@@ -95,41 +107,48 @@ class Batch:
         self._refuse_future(kwds)
         self._send(self._producer._compose_forward(body, kwds))
 
-    @property
-    def _settled(self) -> int:
-        return len(self.confirmed) + len(self.failed) + len(self.unknown)
-
     def _build_and_send(self, build: Builder, /, *args: Any, **kwds: Any) -> None:
         self._refuse_future(kwds)
         self._send(self._producer._compose(build, args, kwds))
 
-    @staticmethod
-    def _refuse_future(kwds: Mapping[str, Any]) -> None:
+    def _refuse_future(self, kwds: Mapping[str, Any]) -> None:
         if kwds.get("_future"):
-            raise TypeError("a batch takes no _future: it waits for all of its messages at its end")
+            raise TypeError(
+                f"a {self._noun} takes no _future: it waits for all of its messages at its end"
+            )
+
+    def _refuse_in_coroutine(self) -> None:
+        noun = self._noun
+        refuse_in_coroutine(f"the end of a {noun}", f"run the {noun} in asyncio.to_thread()")
 
     def _check_fork(self) -> None:
-        connections.check_fork(self._publisher.connection, "the batch")
+        connections.check_fork(self._publisher.connection, f"the {self._noun}")
 
-    def _send(self, composed: Composed) -> None:
+    def _check_open(self) -> None:
         self._check_fork()
         if not self._open:
-            raise ClosedError("a batch sends inside its with block")
-        hub = self._publisher.hub
+            raise ClosedError(f"a {self._noun} sends inside its with block")
+
+    def _send(self, composed: Composed) -> None:
+        self._check_open()
+        self._dispatch(composed)
+
+    def _dispatch(self, composed: Composed) -> None:
+        """Put a message on its way, or into the outbox that it belongs to."""
+        if composed.outbox is not None and composed.outbox.hold(self._publisher, composed):
+            return
+        if self._in_outbox:
+            self._refuse_in_coroutine()
+        hub, report = self._publisher.hub, self._report
         message_id = composed.message_id
 
         def finished(error: PostageError | None) -> None:
-            if error is None:
-                self.confirmed.append(message_id)
-            elif isinstance(error, PublishUnknownError):
-                self.unknown.append((message_id, error))
-            else:
-                self.failed.append((message_id, error))
+            report.note(message_id, error)
 
         self._chunk.extend(Sending(composed, finished).publishings)
         self._sent += 1
-        if self._sent - self._settled > BATCH_WINDOW:
-            self._wait_for(lambda: self._sent - self._settled <= BATCH_WINDOW // 2)
+        if self._sent - report.settled > BATCH_WINDOW:
+            self._wait_for(lambda: self._sent - report.settled <= BATCH_WINDOW // 2)
         elif len(self._chunk) >= BATCH_CHUNK:
             if not self._calling:  # else the leader is on its way to the chunk already
                 self._calling = True

@@ -195,7 +195,7 @@ class PublishUnknownError(PublishError):
 
 
 class BatchError(PublishError):
-    """Raised at the end of a batch in which not every message was confirmed.
+    """Raised if not every message of a batch, a transaction or an outbox was confirmed.
 
     Args:
         confirmed: The message ids that the broker confirmed.

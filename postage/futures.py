@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import logging
 import sys
 import threading
@@ -43,7 +44,9 @@ class Future(Generic[T]):
         self._unset = threading.Lock()  # locked for good by the one thread that sets it
         self._value: T | None = None
         self._error: BaseException | None = None
-        self._callbacks: collections.deque[Callable[[], None]] = collections.deque()
+        self._callbacks: collections.deque[tuple[contextvars.Context, Callable[[], None]]] = (
+            collections.deque()
+        )
 
     def __repr__(self) -> str:
         if not self._done:
@@ -89,9 +92,10 @@ class Future(Generic[T]):
         """Call back once, as soon as it is set, in whichever thread sets it.
 
         The callback must be quick and must not wait: it may run in the I/O loop. What it
-        raises is logged.
+        raises is logged. As in asyncio, it runs in a copy of the context of whoever asked
+        for it: the thread that sets the future may be in the middle of another handler.
         """
-        self._callbacks.append(callback)
+        self._callbacks.append((contextvars.copy_context(), callback))
         if self._done:  # set meanwhile: whoever takes it out of the queue calls it
             self._call_back()
 
@@ -122,11 +126,11 @@ class Future(Generic[T]):
     def _call_back(self) -> None:
         while self._callbacks:
             try:
-                callback = self._callbacks.popleft()
+                context, callback = self._callbacks.popleft()
             except IndexError:  # another thread took it
                 return
             try:
-                callback()
+                context.run(callback)
             except Exception:
                 logger.exception("a callback of a future failed: %r", callback)
 

@@ -23,12 +23,14 @@ class Registration:
     """One handler of a class.
 
     ``attribute`` is its name there, so that a subclass overrides it by that name.
-    ``body_key`` is the part of the body that it gets, None for all of it.
+    ``body_key`` is the part of the body that it gets, None for all of it. ``outbox`` says
+    whether it has one; None: as its processor says.
     """
 
     attribute: str
     body_key: str | None
     threaded: bool
+    outbox: bool | None = None
 
 
 class MessageHandler:
@@ -45,21 +47,30 @@ class MessageHandler:
         message_type: "command", "status", "result", or a type of your own.
         message_name: The name of the message. None: whatever no other handler names.
         threaded: Run it in a pool of threads; for what blocks, such as a database driver.
+        outbox: Whether what it sends leaves only if it succeeds. None: as the attribute
+            `outbox` of its processor says.
     """
 
     category = "message"
     body_key: str | None = "content"
 
     def __init__(
-        self, message_type: str, message_name: str | None = None, threaded: bool = False
+        self,
+        message_type: str,
+        message_name: str | None = None,
+        threaded: bool = False,
+        *,
+        outbox: bool | None = None,
     ) -> None:
         self.handler_data = (self.category, message_type, message_name, self.body_key)
         self.threaded = threaded
+        self.outbox = outbox
 
     def __call__(self, decorated: F) -> F:
         """Note on a function or class what it handles. Several may be stacked."""
         noted = vars(decorated).get("_message_handler", ())
-        decorated._message_handler = (*noted, (self.handler_data, self.threaded))  # type: ignore[attr-defined]
+        note = (self.handler_data, self.threaded, self.outbox)
+        decorated._message_handler = (*noted, note)  # type: ignore[attr-defined]
         return decorated
 
 
@@ -156,9 +167,9 @@ def _table(cls: type) -> dict[Key, tuple[Registration, ...]]:
     order = list(noted)
     table: dict[Key, list[Registration]] = {}
     for attribute in _most_derived_first(cls, order):
-        for (category, message_type, message_name, body_key), threaded in noted[attribute]:
+        for (category, message_type, message_name, body_key), *how in noted[attribute]:
             key = (category, message_type, message_name)
-            table.setdefault(key, []).append(Registration(attribute, body_key, threaded))
+            table.setdefault(key, []).append(Registration(attribute, body_key, *how))
     return {key: tuple(registrations) for key, registrations in table.items()}
 
 

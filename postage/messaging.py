@@ -43,6 +43,7 @@ from postage.processor import MessageProcessor
 from postage.producer import GenericProducer
 from postage.settings import Hup, Settings, debug_mode_from_environment
 from postage.topology import DefaultExchange, Exchange, ExchangeType, Queue
+from postage.transaction import Transaction
 
 __all__ = [
     "AckAndRestart",
@@ -75,6 +76,7 @@ __all__ = [
     "RpcCommand",
     "RpcHandler",
     "TimeoutError",
+    "Transaction",
     "UnroutableError",
 ]
 

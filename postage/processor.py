@@ -7,12 +7,14 @@ One message passes through here in this order::
 
 `read` and the look-up decide without any I/O. Each delivery is handled by a generator: a
 plain handler ends within its first step, others make it a microthread of its own. What is
-to become of the message is a `Verdict`, and only `_carry_out()` acts on it.
+to become of the message is a `Verdict`, and only `_carry_out()` acts on it. A handler runs
+in a context of its own, as a task of asyncio does, and its outbox is sent before the verdict.
 """
 
 from __future__ import annotations
 
 import collections
+import contextvars
 import copy
 import enum
 import inspect
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from postage import outbox as outboxes
 from postage import restart
 from postage.consumer import PUBLISH_TIMEOUT, GenericConsumer
 from postage.errors import (
@@ -39,6 +42,7 @@ from postage.futures import Future
 from postage.handlers import MessageHandler, MessageHandlerType, Registration
 from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread, sleep
+from postage.outbox import Outbox
 from postage.parking import parked_properties, printable
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
 from postage.settings import adopt_on_mismatch
@@ -100,6 +104,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         prefetch: Messages that the broker delivers ahead; None: as the consumer says.
         unhandled: What becomes of a message without a handler: "park", "skip" or "reject".
             None: skip it if it came by a queue that only this instance has, else park it.
+        outbox: Whether what a handler sends leaves only if it succeeds, and is confirmed
+            before its message is acknowledged. Decorators may say otherwise.
         grace: Seconds that handlers in flight have to end, when the component leaves.
         threads: How many ``threaded`` handlers run at a time.
         max_body: Bytes of the largest body that is read; larger ones are parked. None: any.
@@ -118,6 +124,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     consumer_class: ClassVar[type[GenericConsumer]] = GenericConsumer
     prefetch: int | None = None
     unhandled: str | None = None
+    outbox: bool = False
     grace: float = 30.0
     threads: int = 8
     max_body: int | None = 4 * 1024 * 1024
@@ -383,7 +390,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         for number, registration in enumerate(handlers):
             data = self._data(body, registration, shared=number < len(handlers) - 1)
             try:
-                yield from self._run(delivery, registration, (data,))
+                outbox = self._outbox_of(delivery, registration)
+                yield from self._run(delivery, registration, (data,), outbox)
             except FilterError as error:
                 keeper = printable(error)
                 logger.debug("%s keeps %r from %s", keeper, delivery, registration.attribute)
@@ -431,22 +439,19 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         header = delivery.properties
         answers: list[Future[None]] = []
 
-        def reply_func(message: Any) -> None:
-            reply = self.consumer.reply_body(message)
+        def answer(reply: bytes) -> None:
             answers.append(self._reply(delivery, reply))
             for waiting in self._answered.add(header.message_id, reply):
                 answers.append(self.consumer.reply(waiting, reply, PUBLISH_TIMEOUT))
 
         verdict = ACK
         if not handlers:
-            reply_func(MessageResultError(f"no handler for {_kind(body)}"))
+            answer(self._error(f"no handler for {_kind(body)}"))
         else:
             data = self._data(body, handlers[0], shared=False)
-            verdict = yield from self._run_rpc(delivery, handlers[0], data, reply_func)
+            verdict = yield from self._run_rpc(delivery, handlers[0], data, answer)
             if not answers:
-                reply_func(
-                    MessageResultError(f"the handler of {_kind(body)} ended without a reply")
-                )
+                answer(self._error(f"the handler of {_kind(body)} ended without a reply"))
         yield from self._confirmed(answers)
         return verdict
 
@@ -455,20 +460,30 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         delivery: Delivery,
         registration: Registration,
         data: Any,
-        reply_func: Callable[[Any], None],
+        answer: Callable[[bytes], None],
     ) -> Handling:
         """Run the handler of an RPC call. Whatever it raises is also its answer."""
+        encode = self.consumer.reply_body
+        outbox = self._outbox_of(delivery, registration)
+
+        def reply_func(message: Any) -> None:
+            reply = encode(message)
+            if outbox is None:
+                answer(reply)
+            else:
+                outbox.then(answer, reply)
+
         try:
-            yield from self._run(delivery, registration, (data, reply_func))
+            yield from self._run(delivery, registration, (data, reply_func), outbox)
         except FilterError as error:
             text = printable(error)
-            reply_func(MessageResultError(f"filtered: {text}" if text else "filtered"))
+            answer(self._error(f"filtered: {text}" if text else "filtered"))
         except _Ended:
-            reply_func(MessageResultException("StopIteration", ""))
+            answer(encode(MessageResultException("StopIteration", "")))
             return Verdict(Fate.STOP)
         except Exception as error:
             text = printable(error)
-            reply_func(MessageResultException(type(error).__name__, text))
+            answer(encode(MessageResultException(type(error).__name__, text)))
             if isinstance(error, RejectMessage):
                 return Verdict(Fate.REJECT, "rejected")
             if isinstance(error, ExitScheduler):
@@ -478,14 +493,53 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             logger.error("%s failed: %s", registration.attribute, text, exc_info=error)
         return ACK
 
+    def _error(self, text: str) -> bytes:
+        return self.consumer.reply_body(MessageResultError(text))
+
+    def _outbox_of(self, delivery: Delivery, registration: Registration) -> Outbox | None:
+        wanted = self.outbox if registration.outbox is None else registration.outbox
+        if not wanted:
+            return None
+        # A queue without a name goes with its connection, and so does its consumer tag.
+        source = delivery.queue.name or delivery.consumer_tag
+        return Outbox(source, registration.attribute, delivery.properties.message_id)
+
     def _run(
-        self, delivery: Delivery, registration: Registration, arguments: tuple[Any, ...]
+        self,
+        delivery: Delivery,
+        registration: Registration,
+        arguments: tuple[Any, ...],
+        outbox: Outbox | None,
     ) -> Generator[Any, Any, None]:
-        """Filter, call and, if it is not a plain function, go on with a handler.
+        """Filter, run a handler to its end, and send its outbox if it succeeded.
 
         Raises:
             FilterError: A filter keeps the message from it; any exception of a filter does.
             _Ended: It raised `StopIteration`, which must not leave a generator.
+            BatchError: Not all of its outbox was confirmed.
+        """
+        call = self._filtered(registration, arguments)
+        context = outboxes.context_of(outbox)
+        if outbox is None:
+            yield from self._call(delivery, registration, call, context)
+            return
+        signal = None
+        with outbox:
+            try:
+                yield from self._call(delivery, registration, call, context)
+            except (_Ended, ExitScheduler, AckAndRestart) as success:
+                signal = success
+            yield from outbox.commit()
+        if signal is not None:
+            raise signal
+
+    def _filtered(
+        self, registration: Registration, arguments: tuple[Any, ...]
+    ) -> Callable[[], Any]:
+        """Return the call of a handler, with what its filters leave of the data.
+
+        Raises:
+            FilterError: One of them keeps the message from it.
         """
         handler = getattr(self, registration.attribute)
         data = arguments[0]
@@ -497,23 +551,32 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             except Exception as error:
                 raise FilterError(f"{type(error).__name__}: {printable(error)}") from error
         is_class = isinstance(handler, type)
-        call = partial(handler, *((self,) if is_class else ()), data, *arguments[1:])
+        return partial(handler, *((self,) if is_class else ()), data, *arguments[1:])
+
+    def _call(
+        self,
+        delivery: Delivery,
+        registration: Registration,
+        call: Callable[[], Any],
+        context: contextvars.Context,
+    ) -> Generator[Any, Any, None]:
+        """Call and, if it is not a plain function, go on with a handler, all in its context."""
         if registration.threaded:
             self.consumer.subscriber.trust(delivery.queue, TRUST_AFTER)
-            result = yield from self._run_in_thread(call)
+            result = yield from self._run_in_thread(partial(context.run, call))
         else:
             try:
-                result = call()
+                result = context.run(call)
             except StopIteration:
                 raise _Ended from None
-        if is_class:
+        if isinstance(getattr(self, registration.attribute), type):
             result = getattr(result, "result", None)
         if inspect.isgenerator(result):
             self.consumer.subscriber.trust(delivery.queue)
-            yield from result
+            yield from outboxes.steps(context, result)
         elif inspect.iscoroutine(result):
             self.consumer.subscriber.trust(delivery.queue, TRUST_AFTER)
-            yield from self._run_in_event_loop(delivery, result)
+            yield context.run(self._in_event_loop, delivery, result)
         elif inspect.isasyncgen(result):
             raise TypeError(f"the handler {registration.attribute} is an asynchronous generator")
 
@@ -530,14 +593,15 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         except StopIteration:
             raise _Ended from None
 
-    def _run_in_event_loop(self, delivery: Delivery, coroutine: Any) -> Generator[Any, Any, None]:
+    def _in_event_loop(self, delivery: Delivery, coroutine: Any) -> Future[Any]:
+        """Start a coroutine. asyncio gives it a copy of the context that this runs in."""
         if self._event_loop is None:
             from postage import workers
 
             self._event_loop = workers.acquire_event_loop()
         future: Future[Any] = Future(self._hub.wait, self._hub.nudge)
         self._cancels[delivery] = self._event_loop.submit(coroutine, future)
-        yield future
+        return future
 
     # -------------------------------------------------------------- decisions, no I/O
 

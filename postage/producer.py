@@ -3,7 +3,8 @@
 
 A producer's magic methods are resolved in one place (`GenericProducer.__getattr__`) and
 run in three steps: *build* the message, *compose* it with its pairs and properties into a
-`Composed`, and hand that to whoever sends it, the producer itself or a `Batch`.
+`Composed`, and hand that to whoever sends it: the producer itself, a `Batch`, a
+`Transaction`, or the outbox of the handler that runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import pika
 
 from postage import debugging
+from postage import outbox as outboxes
 from postage.batch import Batch
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import (
@@ -39,6 +41,7 @@ from postage.messages import (
     command_parameters,
     new_message_id,
 )
+from postage.outbox import Held
 from postage.rpc import (
     Caller,
     Reply,
@@ -56,6 +59,7 @@ from postage.settings import (
     settings_for,
 )
 from postage.topology import DefaultExchange, Eks, Exchange, ExchangeSpec, exchange_spec
+from postage.transaction import Transaction
 from postage.transport import connection as connections
 from postage.transport.connection import Connection
 from postage.transport.publisher import Publisher, check_encodable
@@ -70,7 +74,7 @@ _SHORT = 255 // 4
 
 _ROUTING = frozenset({"_key", "_eks", "_queue"})
 _PROPERTIES = frozenset({"_headers", "_message_id", "_mandatory", "_persistent"})
-_MESSAGE_KEYWORDS = _ROUTING | _PROPERTIES | {"_confirm", "_timeout", "_future"}
+_MESSAGE_KEYWORDS = _ROUTING | _PROPERTIES | {"_confirm", "_timeout", "_future", "_outbox"}
 _RPC_KEYWORDS = _ROUTING | _PROPERTIES | {"_timeout", "_max_retry", "_queue_only", "_future"}
 
 #: Guards the lazy opening of producers. Of the process, and new in a forked child.
@@ -111,6 +115,7 @@ class GenericProducer:
     ``_mandatory``     for this message only, instead of the attribute `mandatory`
     ``_persistent``    the same for `persistent`
     ``_confirm``       the same for `confirm`; not for RPC, which waits for more
+    ``_outbox``        the same for `outbox`; not for RPC, which never waits there
     ``_max_retry``     RPC: how often an unanswered request is sent again
     ``_queue_only``    RPC: as ``rpc_queue_x``
     =================  ==============================================================
@@ -129,6 +134,8 @@ class GenericProducer:
         mandatory: A message that no queue is bound to is an error.
         persistent: Messages survive a restart of the broker, in durable queues.
         confirm: Wait until the broker took the responsibility.
+        outbox: In a handler with an outbox, messages wait there until it has succeeded. False
+            for those that tell what happens, such as log lines: they leave at once.
         compat: "1.2" to call services that run Postage 1.2.1. None: POSTAGE_COMPAT.
 
     Args:
@@ -150,6 +157,7 @@ class GenericProducer:
     mandatory: bool = True
     persistent: bool = True
     confirm: bool = True
+    outbox: bool = True
     compat: str | None = None
 
     _publisher: Publisher | None = None  # for __del__ after a failed __init__
@@ -260,6 +268,14 @@ class GenericProducer:
         """
         return Batch(self)
 
+    def transaction(self) -> Transaction:
+        """Return a transaction: a context manager with the sending methods of this producer.
+
+        It holds the messages until the block ends, and sends them then. If the block raises,
+        none leaves.
+        """
+        return Transaction(self)
+
     @staticmethod
     def _build_generic(*args: Any, **kwds: Any) -> Message:
         _refuse_unknown("message", kwds, _MESSAGE_KEYWORDS)
@@ -301,6 +317,11 @@ class GenericProducer:
     def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> Composed:
         pairs = self._targets(special)
         timeout = special.get("_timeout")
+        outbox = outboxes.current() if special.get("_outbox", self.outbox) else None
+        if outbox is not None and not special.get("_message_id"):
+            kind = (body.get("type"), body.get("name"))
+            addresses = tuple((exchange.name, key) for exchange, key in pairs)
+            special = {**special, "_message_id": outbox.message_id(kind, addresses)}
         encoded_body = self._encode(body)
         _show(encoded_body, pairs)
         return Composed(
@@ -312,10 +333,15 @@ class GenericProducer:
             timeout=_seconds("publish_timeout", self.publish_timeout)
             if timeout is None
             else _seconds("_timeout", timeout),
+            outbox=outbox,
         )
 
     def _send(self, composed: Composed, as_future: bool) -> Any:
         publisher = self._open()
+        if composed.outbox is not None:
+            held = Held(composed.outbox, publisher.hub)
+            if composed.outbox.hold(publisher, composed, held):
+                return held if as_future else None
         future: Future[None] = Future(publisher.hub.wait, publisher.hub.nudge)
 
         def finished(error: PostageError | None) -> None:
@@ -526,6 +552,9 @@ class GenericProducer:
     def close(self, timeout: float = connections.CLOSE_GRACE) -> None:
         """Wait for what is still being confirmed, then let the connection go.
 
+        What it has in the outbox of the handler that runs is sent all the same: then the
+        connection goes when the handler has ended.
+
         Args:
             timeout: Seconds at most.
         """
@@ -534,6 +563,12 @@ class GenericProducer:
             self._closed = True
         if publisher is None or closed or publisher.hub.pid != os.getpid():
             return
+        outbox = outboxes.current()
+        release = partial(self._release, publisher, timeout)
+        if outbox is None or not outbox.defer(publisher, release):
+            release()
+
+    def _release(self, publisher: Publisher, timeout: float) -> None:
         if publisher.connection.state is connections.State.CLOSED:  # by close_all()
             return
         while self._collectors:

@@ -1,22 +1,44 @@
 # SPDX-License-Identifier: MIT
-"""A message that is ready to be sent, and what became of it, over all of its pairs."""
+"""A message that is ready to be sent, and what became of it, or of several."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pika
 
-from postage.errors import PostageError, UnroutableError
+from postage.errors import (
+    BatchError,
+    PostageError,
+    PublishError,
+    PublishUnknownError,
+    UnroutableError,
+)
 from postage.topology import ExchangeSpec
 from postage.transport.publisher import Fate, Publishing
 
+if TYPE_CHECKING:
+    from postage.outbox import Outbox
+
 
 class Composed:
-    """A message that is ready to be sent: its body, its properties and its pairs."""
+    """A message that is ready to be sent: its body, its properties and its pairs.
 
-    __slots__ = ("body", "confirm", "mandatory", "message_id", "pairs", "properties", "timeout")
+    ``outbox`` is where it waits until the handler that sends it has succeeded, if anywhere.
+    """
+
+    __slots__ = (
+        "body",
+        "confirm",
+        "mandatory",
+        "message_id",
+        "outbox",
+        "pairs",
+        "properties",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -27,6 +49,7 @@ class Composed:
         mandatory: bool,
         confirm: bool,
         timeout: float,
+        outbox: Outbox | None = None,
     ) -> None:
         self.body = body
         self.properties = properties
@@ -34,6 +57,7 @@ class Composed:
         self.mandatory = mandatory
         self.confirm = confirm
         self.timeout = timeout
+        self.outbox = outbox
         self.message_id: str = properties.message_id
 
     def publishings(self, settled: Callable[[Publishing], None]) -> list[Publishing]:
@@ -68,6 +92,47 @@ class Sending:
         self._left -= 1
         if not self._left:
             self._finished(outcome(self.publishings))
+
+
+class Report:
+    """What became of several messages: the lists of a `BatchError`."""
+
+    def __init__(self) -> None:
+        self.confirmed: list[str] = []
+        self.failed: list[tuple[str, Exception]] = []
+        self.unknown: list[tuple[str, Exception]] = []
+
+    @property
+    def settled(self) -> int:
+        """How many messages have their fate."""
+        return len(self.confirmed) + len(self.failed) + len(self.unknown)
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether a message was not confirmed."""
+        return bool(self.failed or self.unknown)
+
+    def note(self, message_id: str, error: PostageError | None) -> None:
+        """Note what became of a message."""
+        if error is None:
+            self.confirmed.append(message_id)
+        elif isinstance(error, PublishUnknownError):
+            self.unknown.append((message_id, error))
+        else:
+            self.failed.append((message_id, error))
+
+    def note_unsent(self, message_id: str) -> None:
+        """Note a message that was held back, because one before it had failed."""
+        self.note(message_id, PublishError("certainly not sent: a message before it failed"))
+
+    def check(self) -> None:
+        """Raise if a message was not confirmed.
+
+        Raises:
+            BatchError: With the lists.
+        """
+        if self.has_failures:
+            raise BatchError(self.confirmed, self.failed, self.unknown)
 
 
 def outcome(publishings: Sequence[Publishing]) -> PostageError | None:

@@ -6,9 +6,14 @@ These variables are read, each time that settings are asked for:
 ``POSTAGE_URL``
     ``amqp://user:password@host:port/vhost?heartbeat=60&connection_timeout=10``, with
     amqps for TLS. Every part but the scheme may be missing. Further hosts of the same
-    cluster follow after commas or blanks, as URLs or as ``host:port``.
+    cluster follow after commas or blanks, as URLs or as ``host:port``. The query also takes
+    the TLS options of RabbitMQ's URLs: cacertfile, certfile, keyfile, verify (verify_peer or
+    verify_none) and server_name_indication.
 ``POSTAGE_HOST``, ``POSTAGE_PORT``, ``POSTAGE_VHOST``, ``POSTAGE_USER``, ``POSTAGE_PASSWORD``
     what the URL does not say. The host may be several, with or without ports.
+``POSTAGE_TLS_CA_FILE``, ``POSTAGE_TLS_CERT_FILE``, ``POSTAGE_TLS_KEY_FILE``,
+``POSTAGE_TLS_KEY_PASSWORD``, ``POSTAGE_TLS_SERVER_NAME``, ``POSTAGE_TLS_VERIFY``
+    how TLS is spoken, where the query does not say it; see `TlsOptions`.
 ``POSTAGE_RMQ_USER``, ``POSTAGE_RMQ_PASSWORD``
     deprecated names of the last two.
 ``POSTAGE_COMPAT``, ``POSTAGE_QUEUE_TYPE``, ``POSTAGE_ON_MISMATCH``, ``POSTAGE_DEBUG_MODE``
@@ -26,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import quote, unquote
 
 from postage.errors import ConfigurationError
 
@@ -44,6 +49,30 @@ _DEFAULT_PORTS = {False: 5672, True: 5671}
 
 
 @dataclass(frozen=True)
+class TlsOptions:
+    """Whom a TLS connection trusts, and who we are.
+
+    All files are PEM, and are read at each attempt to connect: a certificate that was renewed
+    needs no restart.
+
+    Attributes:
+        ca_file: The CAs that may have signed the broker's certificate; None: those of the system.
+        cert_file: The certificate that we show, with those between it and its CA.
+        key_file: The key of that certificate; None: it is in the same file.
+        key_password: Opens the key. Not shown by `repr()`.
+        server_name: The name that the certificate must be for; None: that of each host.
+        verify: Whether the broker's certificate is checked at all.
+    """
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    key_password: str | None = field(default=None, repr=False)
+    server_name: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
 class Settings:
     """A broker, all hosts of it, and a login. Programs with equal settings share connections.
 
@@ -55,6 +84,7 @@ class Settings:
         tls: Whether the connection is encrypted.
         heartbeat: Seconds after which a silent peer is asked for a sign of life; 0 is never.
         connect_timeout: Seconds that an attempt to connect to one host may take.
+        tls_options: How TLS is spoken; the defaults without TLS.
     """
 
     hosts: tuple[tuple[str, int], ...]
@@ -64,6 +94,7 @@ class Settings:
     tls: bool = False
     heartbeat: int = 60
     connect_timeout: float = 10.0
+    tls_options: TlsOptions = TlsOptions()
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -79,7 +110,7 @@ class Settings:
 
     def __str__(self) -> str:
         scheme = "amqps" if self.tls else "amqp"
-        hosts = ",".join(_address(host, port) for host, port in self.hosts)
+        hosts = ",".join(address_of(host, port) for host, port in self.hosts)
         return f"{scheme}://{quote(self.user, safe='')}@{hosts}/{quote(self.vhost, safe='')}"
 
 
@@ -88,7 +119,7 @@ def settings_for(hup: Mapping[str, Any] | None, vhost: str | None) -> Settings:
 
     Args:
         hup: With any of the keys host (or several, as ``"a:5672,b"``), user, password, port,
-            tls, heartbeat and connect_timeout.
+            tls, heartbeat, connect_timeout, and tls_ca_file and so on for the `TlsOptions`.
         vhost: The virtual host.
 
     Raises:
@@ -99,18 +130,20 @@ def settings_for(hup: Mapping[str, Any] | None, vhost: str | None) -> Settings:
 
 
 class Hup(dict[str, Any]):
-    """Settings as a dict (host, user, password), whose text form hides the password."""
+    """Settings as a dict (host, user, password), whose text form hides the passwords."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Hup:
         """Return the dict form of settings; `settings_for()` is the way back."""
         # A port that is left out is looked up in the environment first.
         default = None if os.environ.get("POSTAGE_PORT") else _DEFAULT_PORTS[settings.tls]
-        hosts = (_address(host, None if port == default else port) for host, port in settings.hosts)
+        hosts = (
+            address_of(host, None if port == default else port) for host, port in settings.hosts
+        )
         return cls(host=",".join(hosts), user=settings.user, password=settings.password)
 
     def __repr__(self) -> str:
-        return repr({**self, "password": "***"} if "password" in self else dict(self))
+        return repr({key: "***" if "password" in key else self[key] for key in self})
 
 
 class HupFromEnvironment:
@@ -170,8 +203,9 @@ def _choice(variable: str, default: str, *others: str) -> str:
 # ------------------------------------------------------------------- from many, one
 #
 # A source states some of: hosts (a list of host and perhaps port), port, vhost, user,
-# password, tls, heartbeat, connect_timeout. What a better source states replaces that, and
-# only in the end is it known which port a host has that came without one.
+# password, tls, heartbeat, connect_timeout, and the TLS options as tls_ca_file and so on.
+# What a better source states replaces that, and only in the end is it known which port a
+# host has that came without one.
 
 _Host = tuple[str, int | None]
 
@@ -180,11 +214,47 @@ def _resolve(*sources: Mapping[str, Any]) -> Settings:
     """Merge what the sources state, the best one last."""
     stated = dict(_DEFAULTS)
     for source in sources:
+        if source.get("tls") is False:  # then what worse sources say about TLS is not meant
+            stated = {part: value for part, value in stated.items() if part not in _TLS_PARTS}
         stated.update(source)
     default = stated.pop("port", _DEFAULT_PORTS[stated["tls"]])
     hosts = tuple((host, port or default) for host, port in stated.pop("hosts"))
-    return Settings(hosts=hosts, **stated)
+    options = {part: stated.pop(part) for part in _TLS_PARTS if part in stated}
+    if options and not stated["tls"]:  # who names a CA must not be sent in the clear
+        raise ConfigurationError(
+            f"TLS is off, and these are set for it: {', '.join(map(variable_of, options))}; "
+            "begin POSTAGE_URL with amqps://, or give a hup tls=True"
+        )
+    return Settings(hosts=hosts, tls_options=_tls_options(options), **stated)
 
+
+def _tls_options(stated: Mapping[str, Any]) -> TlsOptions:
+    options = TlsOptions(**{part.removeprefix("tls_"): stated[part] for part in stated})
+    if options.key_file and not options.cert_file:
+        raise ConfigurationError(
+            f"{variable_of('tls_key_file')} needs a certificate: {variable_of('tls_cert_file')}"
+        )
+    return options
+
+
+#: The TLS options, and what they are called in a URL. A password of a key has no place there.
+_TLS_PARTS = {
+    "tls_ca_file": "cacertfile",
+    "tls_cert_file": "certfile",
+    "tls_key_file": "keyfile",
+    "tls_key_password": "",
+    "tls_server_name": "server_name_indication",
+    "tls_verify": "verify",
+}
+
+
+def variable_of(part: str) -> str:
+    """Return the variable that states a TLS part, by which errors call it."""
+    return f"POSTAGE_{part.upper()}"
+
+
+#: The variables that make no sense without TLS.
+TLS_VARIABLES = tuple(map(variable_of, _TLS_PARTS))
 
 #: The variables, and what they state.
 _VARIABLES = {
@@ -193,6 +263,7 @@ _VARIABLES = {
     "POSTAGE_VHOST": "vhost",
     "POSTAGE_USER": "user",
     "POSTAGE_PASSWORD": "password",
+    **dict(zip(TLS_VARIABLES, _TLS_PARTS, strict=True)),
 }
 #: Variables that are still read where their successors are not set.
 _DEPRECATED = {
@@ -213,11 +284,20 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         stated["hosts"] = _read_hosts(stated["hosts"], "POSTAGE_HOST")
     if "port" in stated:
         stated["port"] = _read_number("port", stated["port"], "POSTAGE_PORT")
+    if "tls_verify" in stated:
+        stated["tls_verify"] = _read_verify(stated["tls_verify"], "POSTAGE_TLS_VERIFY")
     return {**stated, **_read_urls(environ.get("POSTAGE_URL", ""))}
 
 
 #: What the entries of a hup dict must be that are no numbers.
-_HUP_TYPES: dict[str, Any] = {"host": str, "user": str, "password": str, "tls": bool}
+_HUP_TYPES: dict[str, Any] = {
+    "host": str,
+    "user": str,
+    "password": str,
+    "tls": bool,
+    **dict.fromkeys(_TLS_PARTS, str),
+    "tls_verify": bool,
+}
 
 
 def _read_hup(hup: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +338,11 @@ _URL_FORM = re.compile(
 )
 
 #: What the query of a URL may say. The names are those that pika and RabbitMQ use.
-_QUERY = {"heartbeat": "heartbeat", "connection_timeout": "connect_timeout"}
+_QUERY = {
+    "heartbeat": "heartbeat",
+    "connection_timeout": "connect_timeout",
+    **{name: part for part, name in _TLS_PARTS.items() if name},
+}
 
 #: What numbers must be: their type, a description, and a test.
 _NUMBERS: dict[str, tuple[type[int] | type[float], str, Callable[[Any], bool]]] = {
@@ -283,7 +367,8 @@ def _read_urls(text: str) -> dict[str, Any]:
         hosts += _hosts_of(match, source)
         for part, value in _read_parts(match, source).items():
             if stated.setdefault(part, value) != value:
-                name = "scheme" if part == "tls" else part
+                names = {part: name for name, part in _QUERY.items()} | {"tls": "scheme"}
+                name = names.get(part, part)
                 raise ConfigurationError(
                     f"{source} states another {name} than an entry before it. All entries lead "
                     "to one cluster; for an independent broker give a producer its own hup"
@@ -300,12 +385,22 @@ def _read_parts(match: re.Match[str], source: str) -> dict[str, Any]:
     }
     if match["scheme"]:
         parts["tls"] = match["scheme"].lower() == "amqps"
-    for name, text in parse_qsl(match["query"] or "", keep_blank_values=True):
+    for parameter in filter(None, (match["query"] or "").split("&")):
+        name, _, text = parameter.partition("=")
         if name not in _QUERY:
-            known = " and ".join(_QUERY)
+            known = ", ".join(_QUERY)
             raise ConfigurationError(f"{source}: parameter {name!r} is unknown; there are {known}")
-        parts[_QUERY[name]] = _read_number(_QUERY[name], text, f"{source}, {name}")
+        parts[_QUERY[name]] = _read_parameter(_QUERY[name], text, f"{source}, {name}")
     return parts
+
+
+def _read_parameter(part: str, text: str, source: str) -> Any:
+    text = _unquoted(text, source)
+    if part in _NUMBERS:
+        return _read_number(part, text, source)
+    if not text:
+        raise ConfigurationError(f"{source} is empty; leave it out for the default")
+    return _read_verify(text, source) if part == "tls_verify" else text
 
 
 def _read_hosts(text: str, source: str) -> list[_Host]:
@@ -338,7 +433,8 @@ def _hosts_of(match: re.Match[str], source: str) -> list[_Host]:
     return [(match["host"].strip("[]"), port)]
 
 
-def _address(host: str, port: int | None) -> str:
+def address_of(host: str, port: int | None) -> str:
+    """Return a host as it is written in a URL."""
     name = f"[{host}]" if ":" in host else host
     return name if port is None else f"{name}:{port}"
 
@@ -348,6 +444,12 @@ def _unquoted(text: str, source: str) -> str:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
         raise ConfigurationError(f"{source} is not percent-encoded UTF-8") from None
+
+
+def _read_verify(text: str, source: str) -> bool:
+    if text not in ("verify_peer", "verify_none"):
+        raise ConfigurationError(f"{source} must be verify_peer (the default) or verify_none")
+    return text == "verify_peer"
 
 
 def _read_number(part: str, text: str, source: str) -> Any:

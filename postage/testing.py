@@ -29,7 +29,7 @@ from postage.errors import ClosedError
 from postage.fingerprint import Fingerprint
 from postage.microthreads import MicroScheduler
 from postage.processor import MessageProcessor, Verdict
-from postage.settings import Settings
+from postage.settings import TLS_VARIABLES, Settings
 from postage.transport import connection as connections
 from postage.transport.subscriber import Delivery
 
@@ -137,6 +137,8 @@ class TestBroker:
         with contextlib.ExitStack() as stack:
             vhost = stack.enter_context(self._fresh_vhost())
             stack.enter_context(_environment("POSTAGE_URL", vhost.url))
+            for variable in TLS_VARIABLES if self.is_embedded else ():
+                stack.enter_context(_environment(variable, ""))  # they are for another broker
             stack.callback(_close_connections, vhost.url, before)
             yield vhost
 

@@ -116,14 +116,14 @@ def test_an_application_takes_the_arguments_of_1_2_1_first() -> None:
 
 
 def test_a_handler_decorator_takes_type_and_name_first() -> None:
-    """`threaded` is new, and last."""
+    """`threaded` and `outbox` are new, and last."""
     for decorator in (
         messaging.MessageHandler,
         messaging.RpcHandler,
         messaging.MessageHandlerFullBody,
     ):
         parameters = inspect.signature(decorator).parameters
-        assert ["message_type", "message_name", "threaded"] == list(parameters)
+        assert ["message_type", "message_name", "threaded", "outbox"] == list(parameters)
         assert parameters["message_name"].default is None
 
 

@@ -19,6 +19,7 @@ from postage.settings import (
     Hup,
     HupFromEnvironment,
     Settings,
+    TlsOptions,
     VhostFromEnvironment,
     adopt_on_mismatch,
     compat_from_environment,
@@ -169,6 +170,7 @@ def test_a_host_without_a_port_gets_the_port_of_the_variable() -> None:
         ("amqp://me:x@a", "amqp://me:y@b", "password"),
         ("amqp://a/x", "b/y", "vhost"),
         ("a?heartbeat=1", "b?heartbeat=2", "heartbeat"),
+        ("amqps://a?cacertfile=x", "b?cacertfile=y", "cacertfile"),
     ],
 )
 def test_several_urls_must_agree(one: str, other: str, part: str) -> None:
@@ -226,7 +228,14 @@ def test_a_damaged_url_is_refused(url: str) -> None:
         ("box?connection_timeout=0", "POSTAGE_URL, entry 1, connection_timeout must be seconds"),
         ("box?connection_timeout=nan", "POSTAGE_URL, entry 1, connection_timeout must be seconds"),
         ("box?connection_timeout=inf", "POSTAGE_URL, entry 1, connection_timeout must be seconds"),
-        ("box?ssl=1", "POSTAGE_URL, entry 1: parameter 'ssl' is unknown; there are heartbeat and"),
+        ("box?ssl=1", "POSTAGE_URL, entry 1: parameter 'ssl' is unknown; there are heartbeat, "),
+        ("amqps://box?cacertfile=", "POSTAGE_URL, entry 1, cacertfile is empty; leave it out"),
+        ("amqps://box?certfile=%FF", "POSTAGE_URL, entry 1, certfile is not percent-encoded"),
+        ("amqps://box?verify=no", "POSTAGE_URL, entry 1, verify must be verify_peer (the default)"),
+        (
+            "amqps://box?keyfile=x",
+            "POSTAGE_TLS_KEY_FILE needs a certificate: POSTAGE_TLS_CERT_FILE",
+        ),
         ("amqp://me:%FF@box", "POSTAGE_URL, entry 1, password is not percent-encoded UTF-8"),
     ],
 )
@@ -242,11 +251,99 @@ def test_a_part_that_makes_no_sense_is_named(url: str, expected: str) -> None:
         ("POSTAGE_HOST", "amqp://b", "POSTAGE_HOST, entry 1 is not of the form host or host:port"),
         ("POSTAGE_HOST", "a,b:x", "POSTAGE_HOST, entry 2 is not of the form host or host:port"),
         ("POSTAGE_HOST", " , ", "POSTAGE_HOST names no host"),
+        ("POSTAGE_TLS_VERIFY", "0", "POSTAGE_TLS_VERIFY must be verify_peer (the default) or ver"),
     ],
 )
 def test_a_variable_that_makes_no_sense_is_named(name: str, value: str, expected: str) -> None:
     """The error begins with the name of the variable."""
     assert complaint_about(Settings.from_environment, {name: value}).startswith(expected)
+
+
+# ------------------------------------------------------------------------------ TLS
+
+#: Every option, in all three forms.
+TLS = TlsOptions("ca.pem", "us.pem", "us.key", "sesame", "broker", verify=False)
+TLS_VARIABLES = {
+    "POSTAGE_TLS_CA_FILE": "ca.pem",
+    "POSTAGE_TLS_CERT_FILE": "us.pem",
+    "POSTAGE_TLS_KEY_FILE": "us.key",
+    "POSTAGE_TLS_KEY_PASSWORD": "sesame",
+    "POSTAGE_TLS_SERVER_NAME": "broker",
+    "POSTAGE_TLS_VERIFY": "verify_none",
+}
+TLS_QUERY = (
+    "cacertfile=ca.pem&certfile=us.pem&keyfile=us.key&server_name_indication=broker"
+    "&verify=verify_none"
+)
+TLS_HUP = {
+    "tls": True,
+    "tls_ca_file": "ca.pem",
+    "tls_cert_file": "us.pem",
+    "tls_key_file": "us.key",
+    "tls_key_password": "sesame",
+    "tls_server_name": "broker",
+    "tls_verify": False,
+}
+
+
+def test_a_certificate_is_verified_unless_told_otherwise() -> None:
+    """`amqps://` alone trusts the CAs of the system, and wants the name of each host."""
+    expected = TlsOptions(None, None, None, None, None, verify=True)
+    assert expected == Settings.from_environment({"POSTAGE_URL": "amqps://box"}).tls_options
+
+
+def test_tls_options_have_variables() -> None:
+    """They hold for whatever is encrypted; empty ones count as none."""
+    variables = {"POSTAGE_URL": "amqps://", **TLS_VARIABLES}
+    assert TLS == Settings.from_environment(variables).tls_options
+    empty = dict.fromkeys(TLS_VARIABLES, "")
+    assert TlsOptions() == Settings.from_environment({**variables, **empty}).tls_options
+
+
+def test_tls_options_can_be_in_the_url() -> None:
+    """Under the names of RabbitMQ's URLs; the password of a key has a variable only."""
+    settings = Settings.from_environment(
+        {"POSTAGE_URL": f"amqps://box?{TLS_QUERY}", "POSTAGE_TLS_KEY_PASSWORD": "sesame"}
+    )
+    assert TLS == settings.tls_options
+
+
+def test_tls_options_can_be_in_a_hup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are called like the variables, and win over them."""
+    monkeypatch.setenv("POSTAGE_TLS_CA_FILE", "other.pem")
+    assert TLS == settings_for(TLS_HUP, None).tls_options
+
+
+def test_a_file_may_have_any_name() -> None:
+    """A plus is a plus, and what is special in a URL is percent-encoded."""
+    url = "amqps://box?cacertfile=/my+certs/a%20b%26c%2C%40.pem&verify=verify_peer"
+    options = Settings.from_environment({"POSTAGE_URL": url}).tls_options
+    assert TlsOptions(ca_file="/my+certs/a b&c,@.pem") == options
+
+
+@pytest.mark.parametrize("url", ["", "amqp://box", f"amqp://box?{TLS_QUERY}"])
+def test_who_sets_up_tls_is_not_sent_in_the_clear(url: str) -> None:
+    """The scheme was forgotten, perhaps: nobody may guess which of both is meant."""
+    actual = complaint_about(
+        Settings.from_environment, {"POSTAGE_URL": url, "POSTAGE_TLS_CA_FILE": "ca.pem"}
+    )
+    assert "POSTAGE_TLS_CA_FILE" in actual
+    assert actual.startswith("TLS is off, and these are set for it: POSTAGE_TLS_")
+    assert actual.endswith("; begin POSTAGE_URL with amqps://, or give a hup tls=True")
+
+
+def test_a_hup_without_tls_wants_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so explicitly, so the variables are for other connections."""
+    for name, value in TLS_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("POSTAGE_URL", "amqps://box")
+    assert LOCAL == settings_for({"tls": False, "host": "localhost"}, None)
+
+
+def test_the_password_of_a_key_is_not_shown() -> None:
+    """Neither in settings nor in options."""
+    settings = Settings.from_environment({"POSTAGE_URL": "amqps://", **TLS_VARIABLES})
+    assert "sesame" not in f"{settings} {settings!r} {settings.tls_options}"
 
 
 # ---------------------------------------------------------------------- the values
@@ -317,7 +414,10 @@ def test_what_a_hup_lacks_comes_from_the_environment(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("hup", "expected"),
     [
-        ({"hots": "box"}, "hup['hots'] is unknown; the keys are host, user, password, tls, port"),
+        (
+            {"hots": "box"},
+            "hup['hots'] is unknown; the keys are host, user, password, tls, tls_ca_",
+        ),
         ({"host": None}, "hup['host'] must be of type str, and is NoneType"),
         ({"host": ""}, "hup['host'] names no host; leave it out"),
         ({"host": "amqp://box"}, "hup['host'], entry 1 is not of the form host or host:port"),
@@ -325,6 +425,8 @@ def test_what_a_hup_lacks_comes_from_the_environment(monkeypatch: pytest.MonkeyP
         ({"user": 1}, "hup['user'] must be of type str, and is int"),
         ({"password": b"secret"}, "hup['password'] must be of type str, and is bytes"),
         ({"tls": 1}, "hup['tls'] must be of type bool, and is int"),
+        ({"tls_verify": "no"}, "hup['tls_verify'] must be of type bool, and is str"),
+        ({"tls_ca_file": None}, "hup['tls_ca_file'] must be of type str, and is NoneType"),
         ({"port": "5672"}, "hup['port'] must be a whole number from 1 to 65535"),
         ({"port": True}, "hup['port'] must be a whole number from 1 to 65535"),
         ({"heartbeat": 1.5}, "hup['heartbeat'] must be whole seconds, from 0 to 65535"),
@@ -466,6 +568,7 @@ def test_a_hup_shows_that_there_is_a_password() -> None:
     """A password is shown as stars, and its absence as such."""
     assert "{'host': 'box', 'password': '***'}" == repr(Hup(host="box", password="secret"))
     assert "{'host': 'box'}" == str(Hup(host="box"))
+    assert "{'tls_key_password': '***'}" == str(Hup(tls_key_password="secret"))
 
 
 # -------------------------------------------------------------------- the switches

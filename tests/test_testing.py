@@ -26,6 +26,7 @@ from postage.errors import (
     PublishUnknownError,
 )
 from postage.generic_application import GenericApplication, GenericApplicationExchange
+from postage.settings import Settings
 from postage.testing import Running, TestBroker, TestVhost, running, wait_until
 from postage.transport import hub as hubs
 
@@ -78,6 +79,17 @@ def broker() -> Iterator[TestBroker]:
 def vhost(broker: TestBroker) -> Iterator[TestVhost]:
     with broker.vhost() as vhost:
         yield vhost
+
+
+def test_tls_of_another_broker_is_none_of_the_embedded_one(
+    broker: TestBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variables that are set on the machine of a developer do not stop the tests."""
+    monkeypatch.setenv("POSTAGE_TLS_CA_FILE", "production.pem")
+    with broker.vhost() as vhost:
+        assert vhost.url == os.environ["POSTAGE_URL"]
+        assert not Settings.from_environment().tls
+    assert "production.pem" == os.environ["POSTAGE_TLS_CA_FILE"]
 
 
 def has_queue(url: str, name: str) -> bool:

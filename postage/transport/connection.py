@@ -19,7 +19,6 @@ import logging
 import os
 import random
 import re
-import ssl
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -41,9 +40,10 @@ from postage.errors import (
     TransportError,
 )
 from postage.futures import Future
-from postage.settings import Settings, adopt_on_mismatch
+from postage.settings import Settings, address_of, adopt_on_mismatch, variable_of
 from postage.topology import ExchangeSpec
 from postage.transport import hub as hubs
+from postage.transport import tls
 from postage.transport.conversation import (
     Done,
     Script,
@@ -72,6 +72,9 @@ NOT_ALLOWED = 530
 _GUESSES = (pika_errors.ProbableAuthenticationError, pika_errors.ProbableAccessDeniedError)
 #: The real reason in the text of such an error, if it was the broker.
 _CLOSED_BY_BROKER = re.compile(r"ConnectionClosedByBroker: \((\d+)\) (['\"])(.*)\2", re.DOTALL)
+
+
+_Host = tuple[str, int]
 
 
 class State(enum.Enum):
@@ -204,7 +207,11 @@ class Connection:
         self._tenants: list[Tenant] = []
         self._questions: collections.deque[_Question] = collections.deque()
         self._exchanges: set[ExchangeSpec] = set()
-        self._hosts: list[tuple[str, int]] = []
+        self._hosts: list[_Host] = []
+        self._host: _Host = settings.hosts[0]
+        #: Why each host could not be had, since there was a connection.
+        self._failures: dict[_Host, tls.Refusal] = {}
+        self._warned = False
         self._rounds = 0
         self._was_ready = False
         self._interrupted = False
@@ -368,23 +375,33 @@ class Connection:
             return
         if not self._hosts:  # a new round, in a new order: failover spreads the load
             self._hosts = random.sample(self.settings.hosts, len(self.settings.hosts))
-        host, port = self._hosts.pop()
+        self._host = self._hosts.pop()
+        self._warn_if_unverified()
         self._aborted = False
         self._move(Event.ATTEMPT)
         try:
             self.amqp = pika.SelectConnection(
-                _parameters(self.settings, host, port, self.purpose),
+                _parameters(self.settings, self._host, self.purpose),
                 on_open_callback=self.hub.shielded(self._opened),
                 on_open_error_callback=self.hub.shielded(self._lost),
                 on_close_callback=self.hub.shielded(self._lost),
                 custom_ioloop=self.hub.loop,
             )
-        except Exception as error:  # a TLS context that cannot be made, for instance
+        except Exception as error:  # a certificate that cannot be read, for instance
             self.amqp = None
             self._lost(None, error)
             return
         self.amqp.add_on_connection_blocked_callback(self.hub.shielded(self._blocked))
         self.amqp.add_on_connection_unblocked_callback(self.hub.shielded(self._unblocked))
+
+    def _warn_if_unverified(self) -> None:
+        if self.settings.tls and not self.settings.tls_options.verify and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the certificate of %s is not verified: whoever is in between can read and "
+                "change everything, the password too",
+                self.settings,
+            )
 
     def _opened(self, amqp: pika.SelectConnection) -> None:
         if amqp is not self.amqp:
@@ -398,6 +415,7 @@ class Connection:
         if self.last_error is not None:
             logger.info("connected to %s again", self.settings)
         self.last_error = None
+        self._failures.clear()
         self._was_ready = True
         self._ready_since = time.monotonic()
         for tenant in tuple(self._tenants):
@@ -423,10 +441,10 @@ class Connection:
             if time.monotonic() - self._ready_since > STABLE:
                 self._rounds = 0
             trouble: TransportError = translated(error)
+            news, final = self.last_error is None, False
         else:
-            trouble = ConnectionFailedError(f"no connection to {self.settings}: {_words(error)}")
-        final = not opened and not self._was_ready and _is_final(error)
-        if self.last_error is None and not final:  # once an outage
+            trouble, news, final = self._judge(error)
+        if news and not final:
             level = logging.DEBUG if self._interrupted else logging.WARNING
             logger.log(level, "%s; trying again until it works", trouble)
         self._interrupted = False
@@ -441,6 +459,35 @@ class Connection:
             self._rounds += 1
             pause = backoff(self._rounds, random.random())
         self._timer = self.hub.call_later(pause, self._attempt)
+
+    def _judge(self, error: BaseException) -> tuple[ConnectionFailedError, bool, bool]:
+        """Say why an attempt failed, whether the log should tell, and whether others would, too.
+
+        A login is refused for the whole cluster, TLS by one host: the next may be better.
+        """
+        refusal = tls.refusal_of(_root(error), self.settings.tls_options, self._server_name)
+        # Once an outage; but what somebody has to mend, also if another trouble came first.
+        is_news = self.last_error is None or refusal not in (None, self._failures.get(self._host))
+        self._failures[self._host] = refusal or tls.Refusal(_words(error, self.settings), False)
+        is_final = _is_final(error)
+        reasons = self._failures[self._host].words if is_final else self._reasons()
+        if not is_final and self._failures.keys() >= set(self.settings.hosts):
+            is_final = all(failure.is_final for failure in self._failures.values())
+        trouble = ConnectionFailedError(f"no connection to {self.settings}: {reasons}")
+        return trouble, is_news, is_final and not self._was_ready
+
+    def _reasons(self) -> str:
+        """Return why there is no connection: for each host, if there are several."""
+        hosts: dict[str, list[str]] = {}
+        for host, failure in self._failures.items():
+            hosts.setdefault(failure.words, []).append(address_of(*host))
+        if len(self.settings.hosts) == 1:
+            return next(iter(hosts))
+        return "; ".join(f"{', '.join(names)}: {words}" for words, names in hosts.items())
+
+    @property
+    def _server_name(self) -> str:
+        return self.settings.tls_options.server_name or self._host[0]
 
     def _refuse(self, error: ConnectionFailedError) -> None:
         """Tell everybody that trying again will not help."""
@@ -547,15 +594,14 @@ class Connection:
         self._clean.set(clean)
 
 
-def _parameters(
-    settings: Settings, host: str, port: int, purpose: str
-) -> pika.ConnectionParameters:
+def _parameters(settings: Settings, host: _Host, purpose: str) -> pika.ConnectionParameters:
     options = None
     if settings.tls:
-        options = pika.SSLOptions(ssl.create_default_context(), server_hostname=host)
+        name = settings.tls_options.server_name or host[0]
+        options = pika.SSLOptions(tls.context_of(settings.tls_options), server_hostname=name)
     return pika.ConnectionParameters(
-        host=host,
-        port=port,
+        host=host[0],
+        port=host[1],
         virtual_host=settings.vhost,
         credentials=pika.PlainCredentials(settings.user, settings.password),
         heartbeat=settings.heartbeat,
@@ -616,8 +662,8 @@ def _answer(root: BaseException) -> tuple[int, str]:
     return 0, ""
 
 
-def _words(error: BaseException) -> str:
-    """Say for people why an attempt failed."""
+def _words(error: BaseException, settings: Settings) -> str:
+    """Say for people why an attempt failed, if it was not for TLS."""
     root = _root(error)
     code, text = _answer(root)
     if code == ACCESS_REFUSED:
@@ -637,6 +683,13 @@ def _words(error: BaseException) -> str:
         (connection_workflow.AMQPConnectorStackTimeout, pika_errors.ConnectionOpenAborted),
     ):
         return "it did not answer in time"
+    if isinstance(root, (pika_errors.IncompatibleProtocolError, ConnectionResetError)):
+        advice = ""
+        if not settings.tls:
+            advice = "; if that is a port for TLS, write amqps://"
+        elif not settings.tls_options.cert_file:  # it said so, perhaps, and the reset was faster
+            advice = f"; it may want a client certificate: set {variable_of('tls_cert_file')}"
+        return f"it closed the connection before a word of AMQP{advice}"
     if isinstance(root, ConnectionRefusedError):
         return (
             "nothing listens there; start RabbitMQ or `postage broker`, or say in POSTAGE_URL "

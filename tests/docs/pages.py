@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.certificates import openssl
 from tests.programs import Program
 
 #: Seconds that a command of a page may take.
@@ -123,7 +124,10 @@ class _Console:
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
             environment[name] = value
-        assert words[0] == "python", f"the pages run only python, not {words[0]}"
+        if words[0] == "openssl":
+            openssl(*words[1:], folder=self._folder)
+            return []  # what it draws while it thinks is of no interest
+        assert words[0] == "python", f"the pages run only python and openssl, not {words[0]}"
         program = self._stack.enter_context(
             Program(words[1:], env=environment, cwd=self._folder)
         )
