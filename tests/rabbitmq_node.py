@@ -203,8 +203,8 @@ class RabbitNode:
 
     def kill(self) -> None:
         """Kill the node, as a power cut would; its data stay."""
-        # RabbitMQ 3.10 forgets a durable queue if it is killed a moment after it declared the queue
-        # and deleted virtual hosts: one time in 25.
+        # Killed a moment after it declared a durable queue and deleted virtual hosts, RabbitMQ
+        # 3.10.8 had forgotten the queue in 2 of 75 cases. What it confirms is not concerned.
         self._eval("mnesia:sync_log().")
         self._end(signal.SIGKILL)
 

@@ -5,7 +5,7 @@ A `Stage` gives connections to one virtual host and writes down the dialogue as 
 `1.2 >` is what channel 2 of connection 1 sends, `1.2 <` what the broker answers there.
 Two brokers agree on a scenario if the dialogues are equal. So nothing may be in one that differs
 from run to run: server-generated names become numbered ones, times of the broker become `now`,
-and what may come in any order is awaited by `any_order`.
+and what may come in any order is awaited by `take_any_order`.
 
 A scenario is sure to see everything, whatever the load of the machine, since it says how many
 events it awaits. What comes beyond that is looked for at its end, and written down as well.
@@ -157,6 +157,10 @@ class Stage:
         wanted = f"{messages} messages, {consumers} consumers"
         seen = self._poll(lambda: self.look_at(queue), wanted.__eq__)
         self.note(f"      {queue}: {seen}")
+
+    def note_counts(self, queue: str) -> None:
+        """Note how many messages and consumers a queue has at this moment."""
+        self.note(f"      {queue}: {self.look_at(queue)}")
 
     def look_at(self, queue: str) -> str:
         """Return how many messages and consumers a queue has, in words."""
