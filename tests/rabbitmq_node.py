@@ -204,7 +204,7 @@ class RabbitNode:
     def kill(self) -> None:
         """Kill the node, as a power cut would; its data stay."""
         # Killed a moment after it declared a durable queue and deleted virtual hosts, RabbitMQ
-        # 3.10.8 had forgotten the queue in 2 of 75 cases. What it confirms is not concerned.
+        # 3.10.8 had forgotten the queue in 2 of 75 cases.
         self._eval("mnesia:sync_log().")
         self._end(signal.SIGKILL)
 

@@ -47,7 +47,8 @@ class Broker:
         memory_limit: bytes of messages in queues beyond which publishers are blocked.
 
     Raises:
-        BrokerError: `host` is open to other machines, and a password is ``guest``.
+        BrokerError: There is no user or no virtual host, or `host` is open to other machines
+            and a password is ``guest``.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Broker:
         self._consumer_timeout = consumer_timeout
         self._memory_limit = memory_limit
         self._server: Server | None = None
+        if not self._users or not self._vhosts:
+            raise BrokerError("a broker needs at least one user and one virtual host")
         if not _is_loopback(host) and GUEST in self._users.values():
             raise BrokerError(
                 f"a broker on {host} can be reached from other machines: give it users whose "

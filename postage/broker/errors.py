@@ -66,7 +66,7 @@ class Refusal(Exception):
         self.text = text
 
     def __str__(self) -> str:
-        return f"{NAMES[self.code]} - {self.text}"
+        return f"{NAMES.get(self.code, self.code)} - {self.text}"
 
     @property
     def closes_connection(self) -> bool:

@@ -491,3 +491,18 @@ def test_a_client_that_reads_nothing_after_its_close_is_hung_up_on() -> None:
 
 def _unwritten(server: Any) -> int:
     return sum(connection._unwritten for connection in server.node.connections)
+
+
+@pytest.mark.parametrize("options", [{"users": {}}, {"vhosts": ()}])
+def test_a_broker_without_users_or_virtual_hosts_is_an_error(options: dict[str, Any]) -> None:
+    """Nobody could do anything with it."""
+    with pytest.raises(BrokerError, match="at least one user and one virtual host"):
+        Broker(**options)
+
+
+def test_a_connection_may_be_closed_with_a_code_that_nobody_knows() -> None:
+    """Tests of clients want that, too."""
+    with Broker() as broker, RawClient.opened(broker.port) as client:
+        assert 1 == broker.faults.close_connections(799, "for a test")
+        closed = client.expect(spec.Connection.Close)
+        assert (799, "799 - for a test") == (closed.reply_code, closed.reply_text)

@@ -233,9 +233,7 @@ class Stage:
     def normalise(self, text: str) -> str:
         """Return the text without what differs from run to run."""
         text = GENERATED.sub(self._number, text)
-        return text.replace(f"'{self.vhost}'", f"'{VHOST}'").replace(
-            f" {self.vhost} ", f" {VHOST} "
-        )
+        return re.sub(rf"(vhost[ =]'?){re.escape(self.vhost)}(?=['\s])", rf"\1{VHOST}", text)
 
     def _delete_all(self) -> None:
         def deleted(method: amqp_object.Method) -> bool:
