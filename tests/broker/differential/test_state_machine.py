@@ -32,7 +32,7 @@ from tests.broker.differential.driver import Channel, Event, Silence, Stage
 EXAMPLES = os.environ.get("POSTAGE_DIFFERENTIAL_EXAMPLES")
 
 SETTINGS = settings(
-    max_examples=int(EXAMPLES or 25),
+    max_examples=int(EXAMPLES or 20),
     stateful_step_count=40,
     derandomize=EXAMPLES is None,
     database=None,
