@@ -1,71 +1,64 @@
 # SPDX-License-Identifier: MIT
 """All tests, those on RabbitMQ beside the others: ``python -m tests``.
 
-Both wait more than they compute, so the two together take little longer than one of them.
-What the tests on RabbitMQ have to say comes last, as one piece. Arguments are handed to pytest;
-the option ``-m`` is taken.
+They wait more than they compute, so several processes together take little longer than the
+longest of them. What those in the background have to say comes last, each as one piece.
+Arguments are handed to pytest; the option ``-m`` is taken, and paths are not for here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Sequence
 
 from tests.rabbitmq_node import find_scripts
 
 #: Pytest's exit code when nothing was selected.
 NO_TESTS = 5
 
+#: The tests on RabbitMQ, in two parts that take about as long as each other.
+LOWER = ("tests/transport", "tests/broker")
+ON_RABBITMQ = {
+    "On RabbitMQ": [f"--ignore={folder}" for folder in LOWER],
+    f"On RabbitMQ, {' and '.join(LOWER)}": list(LOWER),
+}
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Run pytest twice at once, or once where there is one broker only.
+    """Run pytest several times at once, or once where there is one broker only.
 
     Returns:
-        the exit code: that of the first of the two that failed.
+        the exit code: that of the first that failed.
     """
-    # SIGTERM, too, ends both.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pytest = [sys.executable, "-m", "pytest"]
     if find_scripts() is None or "POSTAGE_TEST_URL" in os.environ:
-        with _pytest(*arguments) as tests:
-            return tests.wait()
+        return subprocess.call([*pytest, *arguments])
     began = time.monotonic()
-    with (
-        tempfile.TemporaryFile("w+") as output,
-        # Two processes must not write one cache.
-        _pytest(
-            *("-m", "rabbitmq", "-o", "cache_dir=.pytest_cache/rabbitmq", *arguments),
-            output=output,
-        ) as rabbitmq,
-        _pytest("-m", "not rabbitmq", *arguments) as others,
-    ):
-        codes = [others.wait()]
-        if rabbitmq.poll() is None:
+    with contextlib.ExitStack() as stack:
+        others = []
+        for number, (title, chosen) in enumerate(ON_RABBITMQ.items()):
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            # Two processes must not write one cache.
+            cache = f"cache_dir=.pytest_cache/rabbitmq-{number}"
+            command = [*pytest, "-m", "rabbitmq", "-o", cache, *arguments, *chosen]
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            others.append((title, process, output))
+        try:
+            codes = [subprocess.call([*pytest, "-m", "not rabbitmq", *arguments])]
             print("Waiting for the tests on RabbitMQ.", flush=True)
-        codes.append(rabbitmq.wait())
-        output.seek(0)
-        print("\nOn RabbitMQ:\n", output.read(), sep="\n")
-    print(f"Both together took {time.monotonic() - began:.0f} s.")
-    return next((code for code in codes if code not in (0, NO_TESTS)), min(codes))
-
-
-@contextlib.contextmanager
-def _pytest(*arguments: str, output: IO[str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Run pytest, which ends in good order if we are interrupted."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *arguments], stdout=output, stderr=output
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()  # nothing happens if it has ended
-        process.wait()
+        finally:  # the terminal has told all of them of an interrupt
+            ended = [process.wait() for _, process, _ in others]
+        for title, _, output in others:
+            output.seek(0)
+            print(f"\n{title}:\n", output.read(), sep="\n")
+    print(f"All together took {time.monotonic() - began:.0f} s.")
+    failed = [code for code in (*codes, *ended) if code not in (0, NO_TESTS)]
+    return failed[0] if failed else 0
 
 
 if __name__ == "__main__":
