@@ -45,11 +45,8 @@ from tests.programs_for_tests.components import (
 )
 from tests.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.rabbitmq,
-    # Python warns of a fork beside threads, since most libraries cannot bear it.
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),
-]
+# Python warns of a fork beside threads, since most libraries cannot bear it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 #: Seconds that a handler of a test waits for the test, and the test for what must happen.
 PATIENCE = 60.0

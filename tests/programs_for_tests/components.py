@@ -109,14 +109,16 @@ def take(channel: BlockingChannel, queue: str, count: int = 1) -> list[tuple[Any
     """Take messages out of a queue as they come, and return their properties and bodies."""
     taken: list[tuple[Any, bytes]] = []
 
-    def take_one() -> bool:
-        method, properties, body = channel.basic_get(queue, auto_ack=True)
-        if method is not None:
+    def take_what_is_there() -> bool:
+        while len(taken) < count:
+            method, properties, body = channel.basic_get(queue, auto_ack=True)
+            if method is None:
+                return False
             assert body is not None
             taken.append((properties, body))
-        return len(taken) >= count
+        return True
 
-    wait_until(take_one, message=f"{count} messages in {queue}")
+    wait_until(take_what_is_there, message=f"{count} messages in {queue}")
     return taken
 
 

@@ -13,6 +13,8 @@ import pytest
 from postage.errors import ConnectionFailedError
 from postage.settings import Settings
 from postage.transport.connection import Connection
+from tests.embedded_node import EmbeddedNode
+from tests.nodes import Node
 from tests.rabbitmq_node import HOST, RabbitNode
 from tests.transport.proxy import Proxy
 from tests.transport.test_connection import (
@@ -24,19 +26,17 @@ from tests.transport.test_connection import (
     wait_for,
 )
 
-rabbitmq = pytest.mark.rabbitmq
-
 #: Seconds that an answer may take which has to come, also behind hosts that are slow to fail.
 DEADLINE = 60.0
 
 
 @pytest.fixture
-def own_node(rabbitmq_installed: None, nodes: list[RabbitNode]) -> Iterator[RabbitNode]:
-    """A second node, which may be killed."""
-    with RabbitNode() as node:
-        nodes.append(node)
-        yield node
-        nodes.remove(node)
+def own_node(node: Node, nodes: list[Node]) -> Iterator[Node]:
+    """A second node of the same kind, which may be killed."""
+    with RabbitNode() if isinstance(node, RabbitNode) else EmbeddedNode() as own_node:
+        nodes.append(own_node)
+        yield own_node
+        nodes.remove(own_node)
 
 
 @pytest.fixture
@@ -96,7 +96,6 @@ def bad_host(serve: Callable[[socket.socket], object], tried: list[int]) -> Iter
         yield port
 
 
-@rabbitmq
 @pytest.mark.parametrize(
     "serve",
     [close_at_once, answer_nonsense, lambda client: None],
@@ -115,7 +114,6 @@ def test_a_host_that_is_no_broker_is_passed_over(
         assert good == port_of(connection)
 
 
-@rabbitmq
 def test_a_lost_host_is_replaced_by_another_until_it_is_back(
     settings: Settings, broker_url: str
 ) -> None:
@@ -133,21 +131,19 @@ def test_a_lost_host_is_replaced_by_another_until_it_is_back(
                 assert second == port_of(connection)
 
 
-@rabbitmq
 def test_a_node_that_dies_is_left_for_another_and_used_again_when_it_is_back(
-    settings: Settings, rabbitmq_node: RabbitNode, own_node: RabbitNode
+    settings: Settings, node: Node, own_node: Node
 ) -> None:
     """Two real nodes; who connects anew after the outage is spread over both."""
-    both = replace(over(settings, rabbitmq_node.port, own_node.port), vhost="/")
+    both = replace(over(settings, node.port, own_node.port), vhost="/")
     with connected_to(own_node.port, both) as connection:
         own_node.kill()
-        assert rabbitmq_node.port == port_of(connection)
+        assert node.port == port_of(connection)
     own_node.start()
     with connected_to(own_node.port, both):
         pass
 
 
-@rabbitmq
 def test_many_programs_spread_over_the_hosts(settings: Settings, broker_url: str) -> None:
     """The first host of the list is not the one that everybody takes."""
     with Proxy(broker_url) as one, Proxy(broker_url) as two:
