@@ -85,10 +85,13 @@ class Batch:
 
     def _finish(self, succeeded: bool) -> None:
         """End the block in the process that began it."""
-        if self._report.settled < self._sent:
-            self._wait_for(lambda: self._report.settled >= self._sent)
+        self._await_fates()
         if succeeded:
             self._report.check()
+
+    def _await_fates(self) -> None:
+        if self._report.settled < self._sent:
+            self._wait_for(lambda: self._report.settled >= self._sent)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if not name.startswith("message_"):

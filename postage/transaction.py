@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING, ClassVar
 
 from postage.batch import Batch
@@ -37,7 +38,7 @@ class Transaction(Batch):
 
     def __init__(self, producer: GenericProducer) -> None:
         super().__init__(producer)
-        self._held: list[Composed] = []
+        self._held: collections.deque[Composed] = collections.deque()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}, {len(self._held)} held]>"
@@ -47,13 +48,15 @@ class Transaction(Batch):
         self._held.append(composed)
 
     def _finish(self, succeeded: bool) -> None:
-        held, self._held = self._held if succeeded else [], []
+        held, self._held = self._held, collections.deque()
+        if not succeeded:
+            held.clear()
         if held:
             self._producer._open()  # raises if it was closed meanwhile
+        while held and not self._report.has_failures:
+            self._dispatch(held.popleft())
+        self._await_fates()  # first, so that the lists tell in order what happened
         for composed in held:
-            if self._report.has_failures:
-                self._sent += 1  # and has its fate
-                self._report.note_unsent(composed.message_id)
-            else:
-                self._dispatch(composed)
+            self._report.note_unsent(composed.message_id)
+        self._sent += len(held)
         super()._finish(succeeded)
