@@ -116,7 +116,12 @@ class Consumers:
             self._active = consumer
 
     def remove(self, consumer: Consumer) -> None:
-        """Let a consumer go; if it was the active one, the next in line becomes that."""
+        """Let a consumer go; if it was the active one, the next in line becomes that.
+
+        It is no error if it is not there: the queue may have forgotten it (a fault).
+        """
+        if consumer not in self._members:
+            return
         del self._members[consumer]
         if consumer in self._resting:
             del self._resting[consumer]

@@ -60,6 +60,9 @@ class Receiver(Protocol):
     def cancelled(self, consumer: Consumer) -> None:
         """Tell a consumer that its queue is gone."""
 
+    def forgotten(self, consumer: Consumer) -> list[Entry]:
+        """Return what a consumer held that its queue has forgotten; the client hears nothing."""
+
 
 @dataclass
 class Outcome:
@@ -338,6 +341,15 @@ class VirtualHost:
         for consumer in consumers:
             queue.remove_consumer(consumer)
             _receiver(consumer).cancelled(consumer)
+        return len(consumers)
+
+    def forget_consumers(self, queue: Queue) -> int:
+        """Lose all consumers of a queue without a word, and return how many those were."""
+        consumers = tuple(queue.consumers)
+        for consumer in consumers:
+            queue.remove_consumer(consumer)
+        held = [entry for each in consumers for entry in _receiver(each).forgotten(each)]
+        queue.requeue(held, is_lost=True)
         return len(consumers)
 
     def disown(self, connection: object) -> None:
