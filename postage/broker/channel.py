@@ -107,7 +107,6 @@ class Channel:
         #: The prefetch of the whole channel, and how many deliveries count for it.
         self._limit = 0
         self._held = 0
-        self._is_flowing = True
         self._content: _Content | None = None
         self._reply_tag: str | None = None
         self._reply_address: str | None = None
@@ -308,9 +307,7 @@ class Channel:
     @property
     def can_take(self) -> bool:
         """Whether it takes more deliveries now."""
-        if not self._is_flowing or not self.connection.has_room:
-            return False
-        return not self._limit or self._held < self._limit
+        return self.connection.has_room and (not self._limit or self._held < self._limit)
 
     def deliver(self, consumer: Consumer, entry: Entry) -> None:
         """Send a message to a consumer."""
@@ -579,7 +576,7 @@ class Channel:
     # The channel itself
 
     def flow(self, method: spec.Channel.Flow, payload: bytes) -> None:
-        """Pause deliveries, or go on with them."""
+        """Go on with deliveries, which cannot be paused."""
         if not method.active:
             # RabbitMQ: only prefetch slows consumers down.
             raise Refusal(NOT_IMPLEMENTED, "active=false")
