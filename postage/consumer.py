@@ -178,7 +178,7 @@ class GenericConsumer:
         self._check()
         spec = self._spec(queue, kwds)
         binding = Binding(exchange_spec(exchange_class), spec, key)
-        self.subscriber.declare_binding(binding, self.connect_timeout)
+        self.subscriber.topology.bind(binding, self.connect_timeout)
         logger.debug("bound queue %r to %r, key %r", spec.name, binding.exchange.name, key)
         self._known[spec.name] = spec
         self.qk_list.append((queue, key))
@@ -198,7 +198,7 @@ class GenericConsumer:
         """
         self._check()
         binding = Binding(exchange_spec(exchange_class), self._spec(queue, {}), key)
-        self.subscriber.take_back_binding(binding, self.connect_timeout)
+        self.subscriber.topology.unbind(binding, self.connect_timeout)
 
     def stop_queue(self, queue: QueueLike) -> None:
         """Stop consuming one queue. It stays, with its bindings, for others."""
