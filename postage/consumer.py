@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import pika
@@ -17,6 +18,7 @@ from postage import debugging
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import ClosedError, ConfigurationError, DecodeError, PostageError
 from postage.futures import Future
+from postage.health import ConsumerHealth, latest
 from postage.messages import Message, MessageResult
 from postage.rpc import encoded
 from postage.settings import (
@@ -145,6 +147,24 @@ class GenericConsumer:
     def channel(self) -> Subscriber:
         """The consuming channel, for its state."""
         return self.subscriber
+
+    def health(self) -> ConsumerHealth:
+        """Return how this consumer is. Callable from any thread.
+
+        Raises:
+            ForkedError: It belongs to the parent process.
+        """
+        self._check_fork()
+        health = self.subscriber.health()
+        publisher = self._publisher
+        if publisher is None:
+            return health
+        sending = publisher.health()
+        return replace(
+            health,
+            blocked=sending.blocked,
+            last_error=latest(health.last_error, sending.last_error),
+        )
 
     # --------------------------------------------------------------------- topology
 

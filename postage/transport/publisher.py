@@ -46,6 +46,7 @@ from postage.errors import (
     TransportError,
     UnroutableError,
 )
+from postage.health import Health, Incident, incident, latest
 from postage.topology import ExchangeSpec
 from postage.transport.connection import Connection, State
 from postage.transport.conversation import Script, converse, translated
@@ -170,6 +171,8 @@ class Publisher:
         self._preparing: Channel | None = None
         self._joined = False
         self._closed = False
+        #: The last message that did not arrive, or refusal, also if it is over.
+        self.incident: Incident | None = None
         self._next_tag = 1
         self._held: collections.deque[Publishing] = collections.deque()
         self._written: dict[int, Publishing] = {}  # by delivery tag, oldest first
@@ -188,6 +191,17 @@ class Publisher:
     def outstanding(self) -> int:
         """How many publishings have no fate yet."""
         return len(self._held) + len(self._written)
+
+    def health(self) -> Health:
+        """Return how this channel and its connection are."""
+        connection = self.connection
+        return Health(
+            state=State.CLOSED.value if self._closed else connection.state.value,
+            blocked=connection.state is State.BLOCKED,
+            in_flight=self.outstanding,
+            reconnects=connection.reconnects,
+            last_error=latest(connection.incident, self.incident),
+        )
 
     def close(self, grace: float) -> None:
         """Wait for what is on its way, at most `grace` seconds, and close the channel."""
@@ -296,6 +310,7 @@ class Publisher:
         if channel is not self._channel and channel is not self._preparing:
             return
         error = translated(reason)
+        self.incident = incident(error)
         found = isinstance(error, ChannelClosedError) and self._accuse(error)
         self.disconnected(error)
         self.connection.forget_exchanges()  # one of them may have been deleted (404)
@@ -431,6 +446,8 @@ class Publisher:
             return  # its sender did not want to wait for more than the writing
         publishing.fate = fate
         publishing.error = error or _error_of(publishing, fate)
+        if publishing.error is not None:
+            self.incident = incident(publishing.error)
         publishing.settled(publishing)
 
     # -------------------------------------------------------------------- deadlines

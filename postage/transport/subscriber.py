@@ -36,6 +36,7 @@ from postage.errors import (
     ConnectionLostError,
     TransportError,
 )
+from postage.health import ConsumerHealth, Incident, incident, latest
 from postage.topology import QueueSpec
 from postage.transport.connection import Connection, State, backoff
 from postage.transport.conversation import Script, attempting, converse, translated
@@ -191,6 +192,9 @@ class Subscriber:
         self._age_timer: object | None = None
         self._failures = 0
         self._refused_since: float | None = None
+        self._last_delivery: float | None = None  # on the monotonic clock
+        #: The last trouble with consuming, also if it is over.
+        self.incident: Incident | None = None
         self._watchdog = Watchdog(
             connection,
             lambda: [each for each in self._consumers.values() if each.live],
@@ -228,6 +232,21 @@ class Subscriber:
         """Whether every queue that is wanted is being consumed, as the broker confirmed."""
         wanted = [each for each in tuple(self._consumers.values()) if each.wanted]
         return bool(wanted) and all(each.live for each in wanted)
+
+    def health(self) -> ConsumerHealth:
+        """Return how this channel and its connection are."""
+        connection, last = self.connection, self._last_delivery
+        wanted = [each for each in tuple(self._consumers.values()) if each.wanted]
+        return ConsumerHealth(
+            state=State.CLOSED.value if self._closed else connection.state.value,
+            in_flight=len(self._unsettled),
+            reconnects=connection.reconnects,
+            last_error=latest(connection.incident, self.incident),
+            consumers_wanted=len(wanted),
+            consumers_live=sum(each.live for each in wanted),
+            waiting=len(self.inbox),
+            last_delivery=None if last is None else time.time() - (time.monotonic() - last),
+        )
 
     def is_current(self, delivery: Delivery) -> bool:
         """Tell whether a delivery can still be settled."""
@@ -423,7 +442,9 @@ class Subscriber:
             return
         consumer.delivered += 1
         self._unsettled[method.delivery_tag] = None
-        self.inbox.append(Delivery(consumer.spec, number, method, properties, body))
+        delivery = Delivery(consumer.spec, number, method, properties, body)
+        self._last_delivery = delivery.received
+        self.inbox.append(delivery)
         self.on_delivery()
 
     def _stop(self, queue: QueueSpec | None) -> None:
@@ -453,20 +474,19 @@ class Subscriber:
         for consumer in self._consumers.values():
             if consumer.tag == frame.method.consumer_tag:
                 consumer.tag, consumer.live = None, False
-                logger.warning(
-                    "the broker cancelled consuming %r; declaring and consuming anew",
-                    consumer.spec.name,
-                )
-                self._recover()
+                self._recover(f"the broker cancelled consuming {consumer.name!r}")
                 return
 
     def _lost(self, consumer: _Consumer, sign: str) -> None:
         """Hear from the watchdog that a consumer is not there any more."""
-        logger.warning("queue %r: %s; declaring and consuming anew", consumer.name, sign)
-        self._cancel(consumer, then=self._recover)  # in case that it was there after all
+        reason = f"queue {consumer.name!r}: {sign}"
+        # In case that it was there after all, and for the channel, which knows it still.
+        self._cancel(consumer, then=partial(self._recover, reason))
 
-    def _recover(self) -> None:
+    def _recover(self, reason: str) -> None:
         """Declare all, and consume what is not being consumed. The rest goes on undisturbed."""
+        logger.warning("%s; declaring and consuming anew", reason)
+        self.incident = incident(ConnectionLostError(reason))
         amqp = self.connection.amqp
         if amqp is not None and self.connection.is_open:
             self.connected(amqp)
@@ -484,6 +504,7 @@ class Subscriber:
     def _try_again(self, amqp: pika.SelectConnection, error: TransportError) -> None:
         """Consume anew after a pause; a refusal that will not pass ends the consumer."""
         self._failures += 1
+        self.incident = incident(error)
         code = error.code if isinstance(error, ChannelClosedError) else None
         if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
             patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
@@ -513,6 +534,7 @@ class Subscriber:
     def _fail(self, error: TransportError) -> None:
         logger.error("consuming ends: %s", error)
         self.failure = error
+        self.incident = incident(error)
         self.on_delivery()
 
     # ------------------------------------------------------------------ settlements
