@@ -74,6 +74,7 @@ class VirtualHost:
 
     Args:
         memory: is told how many bytes more or fewer are kept.
+        burial: is told of this virtual host when it has a dead letter to publish.
         store: keeps what is durable, None for nothing.
     """
 
@@ -83,11 +84,13 @@ class VirtualHost:
         clock: Clock,
         *,
         memory: Callable[[int], None] = lambda size: None,
+        burial: Callable[[VirtualHost], None] = lambda vhost: None,
         store: Store | None = None,
     ) -> None:
         self.name = name
         self.clock = clock
         self._memory = memory
+        self._burial = burial
         self._store = store
         self.exchanges: dict[str, Exchange] = {}
         self.queues: dict[str, Queue] = {}
@@ -475,6 +478,7 @@ class VirtualHost:
     def bury(self, entry: Entry, reason: str) -> None:
         """Publish a dead letter with the next call of `publish_dead_letters`."""
         self._dead.append((entry, reason))
+        self._burial(self)
 
     def publish_dead_letters(self, limit: int = DEAD_LETTERS_AT_ONCE) -> None:
         """Publish what died, and what died of that, and so on, but not for ever.
