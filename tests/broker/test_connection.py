@@ -1097,7 +1097,8 @@ def test_an_error_of_the_broker_itself_ends_one_connection(
     """It is logged with its traceback, the client is told 541, and others are served."""
     caller = desk.opened()
     queues = desk.node.vhosts["/"].queues
-    queues["broken"] = SimpleNamespace(owner=None)  # type: ignore[assignment]
+    broken: Any = SimpleNamespace(owner=None)
+    queues["broken"] = broken
     answers = caller.ask(spec.Basic.Get(queue="broken"))
     del queues["broken"]
 
