@@ -67,8 +67,8 @@ def publish(channel: BlockingChannel, body: bytes = b"hello", queue: str = "q") 
 
 
 def get(channel: BlockingChannel, queue: str = "q") -> bytes | None:
-    answer: Any = channel.basic_get(queue, auto_ack=True)
-    return answer[2]  # type: ignore[no-any-return]
+    body: bytes | None = channel.basic_get(queue, auto_ack=True)[2]
+    return body
 
 
 def wait_for_events(channel: BlockingChannel, condition: Callable[[], object]) -> None:
