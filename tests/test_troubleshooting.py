@@ -440,6 +440,7 @@ def test_a_queue_named_after_the_process(
 # ------------------------------------------------------------------------------- consuming
 
 
+@pytest.mark.slow
 def test_a_queue_in_exclusive_use(url: str, node: Node) -> None:
     """The new one waits for four heartbeats."""
     queue = {"name": "orders", "flags": {"durable": True}}
@@ -519,6 +520,7 @@ def test_a_connection_that_somebody_closes(
         wait_until_told("CONNECTION_FORCED - Closed via management plugin", caplog)
 
 
+@pytest.mark.slow
 def test_a_broker_that_freezes(url: str, node: Node, caplog: pytest.LogCaptureFixture) -> None:
     """Only the heartbeats tell."""
     with consuming(Queue("orders", exclusive=True), login(node, heartbeat=1)):
@@ -573,7 +575,7 @@ def test_an_alarm_for_memory(
         with node.memory_alarm():
             producer.message_order(_queue="orders", _future=True)
             wait_until(lambda: any("blocks publishers" in each for each in caplog.messages))
-            error = error_of(producer, _queue="orders", _timeout=3)
+            error = error_of(producer, _queue="orders", _timeout=0.5)
     assert_told("blocks publishers: low on memory", *caplog.messages, error)
 
 
@@ -600,7 +602,7 @@ def test_a_confirm_that_never_comes(producer: GenericProducer, node: Node) -> No
         producer.message_order(_queue="orders")
         node.suspend()
         try:
-            error = error_of(producer, _queue="orders", _timeout=3)
+            error = error_of(producer, _queue="orders", _timeout=0.5)
         finally:
             node.resume()
     assert_told("written, and the confirm never came (PublishUnknownError)", error)
