@@ -173,7 +173,7 @@ class Caller:
         """
         if self._publishing is not None and self._publishing.fate is not None:
             self._is_sent = True
-            self._publish(DIRECT_REPLY_TO)
+            self._publish_again(DIRECT_REPLY_TO)
 
     # ----------------------------------------------------------------------- inside
 
@@ -195,7 +195,8 @@ class Caller:
         def opened(name: str) -> None:
             if queue is self._queue:
                 self._reply_to = name
-                self._publish(name)
+                publish = self._publish_again if self._is_sent else self._publish
+                publish(name)
             else:  # the call, or this attempt, ended before
                 queue.close()
 
@@ -214,6 +215,18 @@ class Caller:
             self._publisher.connection.probe(_wait_for_connection, self._open_queue)
         except TransportError as refusal:
             self._fail(refusal)
+
+    def _publish_again(self, reply_to: str) -> None:
+        """Repeat a request whose reply cannot come any more, if it may be repeated."""
+        if self._request.max_retry:
+            self._publish(reply_to)
+        else:
+            self._fail(
+                ConnectionLostError(
+                    "the connection was lost after the request was sent, and the reply with it; "
+                    "the service may have done it. It is not sent again with max_retry = 0"
+                )
+            )
 
     def _lose_queue(self, error: TransportError) -> None:
         if isinstance(error, ConnectionLostError):
@@ -241,6 +254,7 @@ class Caller:
             deadline=time.monotonic() + request.timeout,
             settled=self._settled,
             wants_reply=reply_to == DIRECT_REPLY_TO,
+            repeatable=request.max_retry > 0,
         )
         self._publisher.send([self._publishing])
 
@@ -428,7 +442,8 @@ class AnsweredCalls:
 
     A caller whose timeout ends sends the request again with the same message id. The
     instance that ran it already answers from here instead of running it twice. Another
-    instance cannot know: commands that must not run twice need ``max_retry = 0``.
+    instance cannot know. ``max_retry = 0`` keeps the caller from sending a request twice; the
+    broker may still deliver it twice, if an instance dies with it.
 
     Args:
         size: How many requests are remembered.

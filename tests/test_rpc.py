@@ -725,12 +725,13 @@ def test_a_call_gets_its_reply_although_the_connection_was_lost(
         assert ["before", "during", "after"] == service.ran
 
 
+@pytest.mark.parametrize(("retries", "expected"), [(0, "ConnectionLostError"), (1, "TimeoutError")])
 def test_a_call_that_was_sent_never_claims_that_it_was_not(
-    node: Node, client: Client
+    node: Node, client: Client, retries: int, expected: str
 ) -> None:
     """The connection does not come back in time, and what the service did is not known."""
     with running(Service(Queue("service", exclusive=True))) as service:
-        future = client.rpc_wait("taken", _future=True, _timeout=2, _max_retry=0)
+        future = client.rpc_wait("taken", _future=True, _timeout=2, _max_retry=retries)
         wait_until(lambda: service.ran == ["taken"])
         node.kill()
         try:
@@ -738,7 +739,7 @@ def test_a_call_that_was_sent_never_claims_that_it_was_not(
         finally:
             node.start()
 
-    assert "TimeoutError" == name
+    assert expected == name
     assert "certainly not sent" not in text
 
 

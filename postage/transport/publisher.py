@@ -89,6 +89,7 @@ class Publishing:
         deadline: On the monotonic clock: its fate is known by then.
         settled: Called once with this object, by the leader, when its fate is known.
         wants_reply: Its ``reply_to`` is the channel that it is published on.
+        repeatable: Whether it is written again if a loss leaves it in doubt.
     """
 
     __slots__ = (
@@ -103,6 +104,7 @@ class Publishing:
         "lost",
         "mandatory",
         "properties",
+        "repeatable",
         "returned",
         "settled",
         "suspect",
@@ -121,6 +123,7 @@ class Publishing:
         deadline: float,
         settled: Callable[[Publishing], None],
         wants_reply: bool = False,
+        repeatable: bool = True,
     ) -> None:
         self.exchange = exchange
         self.key = key
@@ -131,6 +134,7 @@ class Publishing:
         self.deadline = deadline
         self.settled = settled
         self.wants_reply = wants_reply
+        self.repeatable = repeatable
         self.fate: Fate | None = None
         self.error: PostageError | None = None
         self.returned = False
@@ -269,6 +273,8 @@ class Publisher:
         for publishing in reversed(written):
             if publishing.returned:  # its ack was lost, the answer was not
                 self._settle(publishing, Fate.RETURNED)
+            elif not publishing.repeatable:
+                self._settle(publishing, Fate.UNKNOWN)
             else:
                 publishing.in_doubt = True
                 publishing.lost |= isinstance(error, ConnectionLostError)

@@ -322,7 +322,7 @@ def test_a_pending_call_survives_the_loss_of_its_channel(
     """It is sent again, with the same message id, whether the first request was taken or not."""
     hub = far_client.connection.hub
     properties = {"message_id": "17", "delivery_mode": 1}
-    request = Request(DEFAULT, "service", b"{}", properties, timeout=DEADLINE, max_retry=0)
+    request = Request(DEFAULT, "service", b"{}", properties, timeout=DEADLINE, max_retry=1)
     reply = Reply(hub.wait, hub.nudge, JsonEncoder().decode)
     caller = Caller(far_client.publisher, far_client.stream, request, reply)
     if not confirmed:
@@ -466,3 +466,34 @@ def test_without_a_connection_there_is_no_reply_queue() -> None:
             Mailbox(connection)
     finally:
         connections.release(connection)
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_call_that_must_not_run_twice_ends_with_the_loss_of_its_channel(
+    far_client: Client, proxy: Proxy, server: Server, confirmed: bool
+) -> None:
+    """`max_retry` is 0: its request is not sent again, whether it was taken or not."""
+    hub = far_client.connection.hub
+    request = Request(DEFAULT, "service", b"{}", {}, timeout=DEADLINE, max_retry=0)
+    reply = Reply(hub.wait, hub.nudge, JsonEncoder().decode)
+    caller = Caller(far_client.publisher, far_client.stream, request, reply)
+    warm_up = far_client.call("service", "0")
+    server.answer(*server.take(), b"warm")
+    far_client.wait_for(lambda: warm_up.replies and not far_client.publisher.outstanding)
+    if not confirmed:
+        proxy.hold_answers()
+    hub.call(caller.start)
+    server.take()
+    if confirmed:
+        far_client.wait_for(lambda: not far_client.publisher.outstanding)
+    proxy.cut()
+    proxy.release_answers()
+    result = reply.result(DEADLINE)
+    assert not result
+    assert "ConnectionLostError" == result.value
+    assert "the service may have done it" in result.message
+    other = far_client.call("service", "2")
+    [next_request] = server.take()  # and no copy of the one before
+    assert "2" == next_request.correlation_id
+    server.answer(next_request, b"reply")
+    far_client.wait_for(lambda: other.replies)
