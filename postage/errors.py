@@ -8,6 +8,7 @@ Errors say that something went wrong and share one root::
     ├── EncodingError               a value that cannot be written to the wire
     │   └── DecodeError             bytes from the wire that cannot be read
     ├── FilterError                 a message filter discards a message
+    ├── PermanentError              a handler fails in a way that no later attempt would mend
     ├── TimeoutError                a result did not come in time (also the builtin one)
     ├── HubReentered                blocking code ran inside a callback of the loop
     └── TransportError
@@ -33,13 +34,16 @@ that they had in 1.2.1, and are let through wherever errors are caught::
     Signal
     ├── ExitScheduler               end the scheduler
     ├── RejectMessage               refuse this message
-    └── AckAndRestart               settle this message, then run the program anew
+    ├── AckAndRestart               settle this message, then run the program anew
+    └── Retry                       handle this message again, later
 """
 
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 #: Reply codes of AMQP 0-9-1 (section 1.5 of the specification) that are told apart.
@@ -77,6 +81,10 @@ class DecodeError(EncodingError):
 
 class FilterError(PostageError):
     """Raised by a message filter to discard a message."""
+
+
+class PermanentError(PostageError):
+    """Raised by a handler to have its message parked at once: trying again would not help."""
 
 
 class TimeoutError(PostageError, builtins.TimeoutError):
@@ -245,3 +253,29 @@ class RejectMessage(Signal):
 
 class AckAndRestart(Signal):
     """Raised by a handler to settle its message and replace the program by a new run."""
+
+
+class Retry(Signal):
+    """Raised by a handler to have its message handled again, later. It counts as an attempt.
+
+    Args:
+        delay: Seconds until then, or a `timedelta`; None: as its retry policy says.
+
+    Raises:
+        ConfigurationError: The delay is no finite number from 0 on.
+    """
+
+    def __init__(self, delay: float | timedelta | None = None) -> None:
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        if seconds is not None and not (
+            isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            and 0 <= seconds < math.inf
+        ):
+            raise ConfigurationError(
+                f"the delay of a Retry is a number of seconds from 0 on, not {delay!r}"
+            )
+        super().__init__(delay)
+        self.delay = None if seconds is None else float(seconds)
+
+    def __str__(self) -> str:
+        return "again later" if self.delay is None else f"again in {self.delay:g} s"

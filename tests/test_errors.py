@@ -23,6 +23,7 @@ ARGUMENTS = {
     errors.UnroutableError: ([("exchange", "key")], [("exchange", "other")]),
     errors.BatchError: (["1"], [("2", errors.NackedError("full"))], []),
     errors.DecodeError: ("it is no JSON", b"\xff"),
+    errors.Retry: (30,),
 }
 
 
