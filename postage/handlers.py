@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from postage.retry import RetryPolicy
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: Category, type and name of the messages that a handler handles; the name None stands
@@ -24,13 +26,14 @@ class Registration:
 
     ``attribute`` is its name there, so that a subclass overrides it by that name.
     ``body_key`` is the part of the body that it gets, None for all of it. ``outbox`` says
-    whether it has one; None: as its processor says.
+    whether it has one, ``retry`` how often its messages are tried; None: as its processor says.
     """
 
     attribute: str
     body_key: str | None
     threaded: bool
     outbox: bool | None = None
+    retry: RetryPolicy | None = None
 
 
 class MessageHandler:
@@ -49,6 +52,7 @@ class MessageHandler:
         threaded: Run it in a pool of threads; for what blocks, such as a database driver.
         outbox: Whether what it sends leaves only if it succeeds. None: as the attribute
             `outbox` of its processor says.
+        retry: How often its message is tried. None: as its processor says.
     """
 
     category = "message"
@@ -61,15 +65,17 @@ class MessageHandler:
         threaded: bool = False,
         *,
         outbox: bool | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.handler_data = (self.category, message_type, message_name, self.body_key)
         self.threaded = threaded
         self.outbox = outbox
+        self.retry = retry
 
     def __call__(self, decorated: F) -> F:
         """Note on a function or class what it handles. Several may be stacked."""
         noted = vars(decorated).get("_message_handler", ())
-        note = (self.handler_data, self.threaded, self.outbox)
+        note = (self.handler_data, self.threaded, self.outbox, self.retry)
         decorated._message_handler = (*noted, note)  # type: ignore[attr-defined]
         return decorated
 
@@ -82,6 +88,17 @@ class RpcHandler(MessageHandler):
     """
 
     category = "rpc"
+
+    def __init__(
+        self,
+        message_type: str,
+        message_name: str | None = None,
+        threaded: bool = False,
+        *,
+        outbox: bool | None = None,
+    ) -> None:
+        # No retry: the caller has its exception at once, and decides.
+        super().__init__(message_type, message_name, threaded, outbox=outbox)
 
 
 class MessageHandlerFullBody(MessageHandler):
@@ -155,7 +172,7 @@ def _table(cls: type) -> dict[Key, tuple[Registration, ...]]:
     Noted is the attribute's name: what a subclass puts in its place is called instead,
     decorated or not; decorated, it handles what its own decorator says.
     """
-    noted: dict[str, tuple[tuple[Any, bool], ...]] = {}
+    noted: dict[str, tuple[tuple[Any, bool, bool | None, RetryPolicy | None], ...]] = {}
     for base in reversed(cls.__mro__):
         for attribute, value in vars(base).items():
             own = getattr(value, "__dict__", {}).get("_message_handler", ())
@@ -167,9 +184,12 @@ def _table(cls: type) -> dict[Key, tuple[Registration, ...]]:
     order = list(noted)
     table: dict[Key, list[Registration]] = {}
     for attribute in _most_derived_first(cls, order):
-        for (category, message_type, message_name, body_key), *how in noted[attribute]:
+        for (category, message_type, message_name, body_key), threaded, outbox, retry in noted[
+            attribute
+        ]:
             key = (category, message_type, message_name)
-            table.setdefault(key, []).append(Registration(attribute, body_key, *how))
+            registration = Registration(attribute, body_key, threaded, outbox, retry)
+            table.setdefault(key, []).append(registration)
     return {key: tuple(registrations) for key, registrations in table.items()}
 
 

@@ -102,6 +102,8 @@ class ComponentHealth(ConsumerHealth):
         running: Messages that are being handled.
         handled: Messages that were handled since the start, failed ones too.
         failed: How many of them ended with an exception of their handler.
+        circuit_open: So many handlers failed in a row that messages are handled one at a time,
+            with pauses (`MessageProcessor.breaker`).
     """
 
     name: str = ""
@@ -110,6 +112,7 @@ class ComponentHealth(ConsumerHealth):
     running: int = 0
     handled: int = 0
     failed: int = 0
+    circuit_open: bool = False
 
 
 def parts_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

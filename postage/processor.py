@@ -20,7 +20,9 @@ import dataclasses
 import enum
 import inspect
 import logging
+import math
 import os
+import random
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -29,15 +31,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from postage import outbox as outboxes
 from postage import restart
+from postage.breaker import CircuitBreaker
 from postage.consumer import PUBLISH_TIMEOUT, GenericConsumer
+from postage.context import current_delivery, enter
+from postage.dedupe import Dedupe, Done
 from postage.errors import (
     AckAndRestart,
+    ChannelClosedError,
     DecodeError,
+    EncodingError,
     ExitScheduler,
     FilterError,
     PostageError,
     QueueMismatchError,
     RejectMessage,
+    Retry,
     printable,
 )
 from postage.futures import Future
@@ -47,6 +55,7 @@ from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread, sleep
 from postage.outbox import Outbox
 from postage.parking import parked_properties
+from postage.retry import HANDLER, RetryPolicy, attempt_of, retried
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
 from postage.settings import adopt_on_mismatch
 from postage.topology import Eqk, error_queue
@@ -81,12 +90,30 @@ class Fate(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A handler that failed.
+
+    Attributes:
+        handler: Its name, if it is not the only one of its message.
+        error: What it raised.
+        attempt: Which attempt that was.
+        pause: Seconds until the next one; None: the message is parked.
+    """
+
+    handler: str | None
+    error: Exception
+    attempt: int
+    pause: float | None
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What becomes of a message, and why."""
+    """What becomes of a message, and why. Copies for its failures are sent before."""
 
     fate: Fate
     reason: str = ""
     error: BaseException | None = None
+    failures: tuple[Failure, ...] = ()
 
 
 ACK = Verdict(Fate.ACK)
@@ -107,6 +134,13 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         prefetch: Messages that the broker delivers ahead; None: as the consumer says.
         unhandled: What becomes of a message without a handler: "park", "skip" or "reject".
             None: skip it if it came by a queue that only this instance has, else park it.
+        retry: How often a message is tried whose handler fails, and how long it waits in
+            between. Decorators may say otherwise.
+        retry_by_type: The same for the messages of a type, such as "command".
+        breaker: Handlers that fail in a row until messages are handled one at a time, with
+            pauses as `breaker_policy` says, until one succeeds. None: never.
+        dedupe: Remembers what was handled, so that a message that comes twice is not handled
+            twice: a `MemoryWindow` or a `SqliteWindow`. None: nothing is remembered.
         outbox: Whether what a handler sends leaves only if it succeeds, and is confirmed
             before its message is acknowledged. Decorators may say otherwise.
         grace: Seconds that handlers in flight have to end, when the component leaves.
@@ -127,6 +161,11 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     consumer_class: ClassVar[type[GenericConsumer]] = GenericConsumer
     prefetch: int | None = None
     unhandled: str | None = None
+    retry: RetryPolicy = RetryPolicy()
+    retry_by_type: Mapping[str, RetryPolicy] = {}
+    breaker: int | None = None
+    breaker_policy: RetryPolicy = RetryPolicy()
+    dedupe: Dedupe | None = None
     outbox: bool = False
     grace: float = 30.0
     threads: int = 8
@@ -150,6 +189,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._in_flight: dict[Delivery, Generator[Any, Any, None]] = {}
         self._cancels: dict[Delivery, Callable[[], Any]] = {}
         self._answered = AnsweredCalls()
+        self._breaker = CircuitBreaker(
+            self.breaker, self.breaker_policy, time.monotonic, random.random
+        )
         self._handled = self._failed = 0
         self._incident: Incident | None = None
         self._error_queues: set[str] = set()
@@ -186,7 +228,20 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             running=len(self._in_flight),
             handled=self._handled,
             failed=self._failed,
+            circuit_open=self._breaker.is_open,
         )
+
+    @property
+    def delivery(self) -> Delivery:
+        """What the handler that runs here handles: headers, ids, attempt, redelivered.
+
+        Raises:
+            PostageError: No handler runs here.
+        """
+        delivery = current_delivery()
+        if delivery is None:
+            raise PostageError("there is a delivery in handlers only")
+        return delivery
 
     # -------------------------------------------------------------------- microthread
 
@@ -217,6 +272,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         failure = self.consumer.subscriber.failure
         if failure is not None:
             raise failure
+        if self._breaker.is_open and (self._in_flight or self._breaker.pause()):
+            return self._cooling_down()
         delivery = self.consumer.take()
         if delivery is None:
             self.consumer.subscriber.flush()
@@ -231,6 +288,16 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self.scheduler.spawn(task, wanted)
         return None
 
+    def _cooling_down(self) -> _Until:
+        """Return what to wait for while the circuit breaker is open."""
+        is_busy = bool(self._in_flight)
+
+        def is_over() -> bool:
+            over = self._stopping or self._farewell is not None or (is_busy and not self._in_flight)
+            return over or self.consumer.subscriber.failure is not None
+
+        return _Until(self._hub, is_over, math.inf if is_busy else self._breaker.pause())
+
     def start_consuming(self) -> None:
         """Handle messages until told to quit or to stop: a scheduler for this one alone."""
         self.scheduler = None
@@ -241,6 +308,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         """End this microthread: it takes nothing more, and leaves. Callable from anywhere."""
         self._stopping = True
         self._inbox.notify()
+        self._hub.nudge()
 
     def restart(self) -> None:
         """Replace the program by a new run of itself, now.
@@ -330,6 +398,16 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             restarting: Whether this process goes on as a new run of the program.
         """
 
+    def on_error(self, delivery: Delivery, error: BaseException) -> None:
+        """Hook: a message could not be handled, at this attempt at least. For metrics and alerts.
+
+        Not called for RPC, whose exceptions are the caller's, nor for `Retry`.
+
+        Args:
+            delivery: The message.
+            error: What the handler raised, or why there was nothing to call.
+        """
+
     def _abandon(self, delivery: Delivery) -> None:
         """Give up a handler that still runs. Its message is delivered again."""
         task = self._in_flight.pop(delivery)
@@ -408,28 +486,79 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         handlers = self._handlers_of(body)
         if body["category"] == "rpc":
             return (yield from self._judge_rpc(delivery, body, handlers[:1]))
+        several = len(handlers) > 1
+        only = delivery.headers.get(HANDLER)
+        if only is not None:
+            handlers = tuple(each for each in handlers if each.attribute == only)
         if not handlers:
             return self._unhandled(delivery, body)
+        failures: list[Failure] = []
+        fate, reason = Fate.ACK, ""
         for number, registration in enumerate(handlers):
+            if self._is_repeated(delivery, registration):
+                continue
             data = self._data(body, registration, shared=number < len(handlers) - 1)
             try:
                 outbox = self._outbox_of(delivery, registration)
                 yield from self._run(delivery, registration, (data,), outbox)
+                self._note_success(delivery, registration)
             except FilterError as error:
                 keeper = printable(error)
                 logger.debug("%s keeps %r from %s", keeper, delivery, registration.attribute)
             except RejectMessage:
-                return Verdict(Fate.REJECT, "rejected")
+                fate, reason = Fate.REJECT, "rejected"
+                break
             except _Ended:
-                return Verdict(Fate.STOP)
+                fate = Fate.STOP
+                break
             except ExitScheduler:
-                return Verdict(Fate.EXIT)
+                fate = Fate.EXIT
+                break
             except AckAndRestart:
-                return Verdict(Fate.RESTART)
+                fate = Fate.RESTART
+                break
             except Exception as error:
-                self._note_failure(error)
-                return Verdict(Fate.PARK, "failed", error)
-        return ACK
+                failures.append(self._failure(delivery, body, registration, several, error))
+        return Verdict(fate, reason, failures=tuple(failures))
+
+    def _is_repeated(self, delivery: Delivery, registration: Registration) -> bool:
+        """Tell whether a handler has handled a message before, as far as is remembered."""
+        message_id = delivery.message_id
+        if self.dedupe is None or message_id is None:
+            return False
+        if self.dedupe.get(registration.attribute, message_id) is None:
+            return False
+        logger.info("%s has handled message %s before", registration.attribute, message_id)
+        return True
+
+    def _note_success(self, delivery: Delivery, registration: Registration) -> None:
+        if self.dedupe is not None and delivery.message_id is not None:
+            self.dedupe.add(registration.attribute, delivery.message_id, Done())
+        if self._breaker.succeeded():
+            logger.warning("%s: a handler succeeded: back to full speed", type(self).__name__)
+
+    def _failure(
+        self,
+        delivery: Delivery,
+        body: Mapping[str, Any],
+        registration: Registration,
+        several: bool,
+        error: Exception,
+    ) -> Failure:
+        """Note that a handler failed, and decide what becomes of its message."""
+        policy = registration.retry or self.retry_by_type.get(body["type"]) or self.retry
+        attempt = attempt_of(delivery.headers)
+        if not isinstance(error, Retry):
+            self._note_failure(error)
+            self.on_error(delivery, error)
+            if not policy.is_permanent(error) and self._breaker.failed():
+                logger.warning(
+                    "%s: %d handlers failed in a row: one message at a time, with pauses",
+                    type(self).__name__,
+                    self._breaker.failures,
+                )
+        pause = policy.decide(error, attempt, random.random())
+        return Failure(registration.attribute if several else None, error, attempt, pause)
 
     def _judge_rpc(
         self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
@@ -462,8 +591,10 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     ) -> Handling:
         header = delivery.properties
         answers: list[Future[None]] = []
+        replies: list[bytes] = []
 
         def answer(reply: bytes) -> None:
+            replies.append(reply)
             answers.append(self._reply(delivery, reply))
             for waiting in self._answered.add(header.message_id, reply):
                 answers.append(self.consumer.reply(waiting, reply, PUBLISH_TIMEOUT))
@@ -471,11 +602,21 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         verdict = ACK
         if not handlers:
             answer(self._error(f"no handler for {_kind(body)}"))
-        else:
+            yield from self._confirmed(answers)
+            return verdict
+        handler, message_id = handlers[0].attribute, header.message_id
+        known = None
+        if self.dedupe is not None and message_id is not None:
+            known = self.dedupe.get(handler, message_id)
+        for reply in () if known is None else known.replies:
+            answer(reply)
+        if known is None:
             data = self._data(body, handlers[0], shared=False)
             verdict = yield from self._run_rpc(delivery, handlers[0], data, answer)
             if not answers:
                 answer(self._error(f"the handler of {_kind(body)} ended without a reply"))
+            if self.dedupe is not None and message_id is not None:
+                self.dedupe.add(handler, message_id, Done(tuple(replies)))
         yield from self._confirmed(answers)
         return verdict
 
@@ -549,6 +690,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         """
         call = self._filtered(registration, arguments)
         context = outboxes.context_of(outbox)
+        context.run(enter, delivery)
         if outbox is None:
             yield from self._call(delivery, registration, call, context)
             return
@@ -693,8 +835,14 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         if obstacle is not None:
             logger.error("no restart: the new code cannot be compiled: %s", obstacle)
             verdict = ACK
+        for failure in verdict.failures:
+            if not (yield from self._send_away(delivery, failure)):
+                return  # it was given back, and comes again as a whole
         if verdict.fate is Fate.PARK:
-            yield from self._park(delivery, verdict)
+            if verdict.error is not None:
+                self.on_error(delivery, verdict.error)
+            if (yield from self._park(delivery, verdict)):
+                self.consumer.ack(delivery)
         elif verdict.fate is Fate.REJECT:
             self.consumer.reject(delivery, requeue=False)
         elif verdict.fate in _LEAVING and self._farewell is None:
@@ -703,8 +851,49 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         else:
             self.consumer.ack(delivery)
 
-    def _park(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, None]:
-        """Move a message to its error queue: publish, wait for the confirm, then ack."""
+    def _send_away(self, delivery: Delivery, failure: Failure) -> Generator[Any, Any, bool]:
+        """Send a copy of a message to where it waits for its next attempt, or park it."""
+        if failure.pause is not None:
+            try:
+                yield self._retry(delivery, failure, failure.pause)
+            except (ChannelClosedError, EncodingError) as error:
+                logger.error("no retry of a message from %r: %s", delivery.queue.name, error)
+            except PostageError as error:
+                yield from self._give_back(delivery, f"could not retry a message ({error})")
+                return False
+            else:
+                logger.warning(
+                    "attempt %d at a message from %r failed, again in %.1f s: %s: %s",
+                    failure.attempt,
+                    delivery.queue.name,
+                    failure.pause,
+                    type(failure.error).__name__,
+                    printable(failure.error),
+                )
+                return True
+        return (yield from self._park(delivery, Verdict(Fate.PARK, "failed", failure.error)))
+
+    def _retry(self, delivery: Delivery, failure: Failure, pause: float) -> Future[None]:
+        """Send a copy of a message that comes back after a pause.
+
+        Raises:
+            EncodingError: Its headers are so large that ours do not fit in beside them.
+        """
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        properties = retried(delivery.properties, failure.attempt, failure.handler, now)
+        queue = self.consumer.subscriber.topology.name_of(delivery.queue)
+        return self.consumer.publish(
+            queue, delivery.body, properties, mandatory=True, delay=pause
+        )
+
+    def _give_back(self, delivery: Delivery, trouble: str) -> Generator[Any, Any, None]:
+        """Have the broker deliver a message again, after a pause that keeps it from spinning."""
+        logger.error("%s from %r and give it back", trouble, delivery.queue.name)
+        yield sleep(PARK_RETRY)
+        self.consumer.reject(delivery, requeue=True)
+
+    def _park(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, bool]:
+        """Copy a message to its error queue, and tell whether the broker has it there."""
         queue = delivery.queue.error_queue or "error"
         why = f"{verdict.reason}: {printable(verdict.error)}"
         properties = parked_properties(delivery, verdict.reason, verdict.error, self.fingerprint)
@@ -723,6 +912,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             self._error_queues.discard(queue)
             yield sleep(PARK_RETRY)
             self.consumer.reject(delivery, requeue=True)
+            return False
         else:
             logger.error(
                 "parked a message from %r in %r: %s",
@@ -731,7 +921,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 why,
                 exc_info=verdict.error if verdict.reason == "failed" else None,
             )
-            self.consumer.ack(delivery)
+            return True
 
     def _declare_error_queue(self, name: str) -> Future[None]:
         future: Future[None] = Future(self._hub.wait, self._hub.nudge)

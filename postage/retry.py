@@ -9,9 +9,12 @@ unacknowledged while it waits, and an instance that dies loses none.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
+
+import pika
 
 from postage.errors import ConfigurationError, PermanentError, Retry
 
@@ -79,6 +82,10 @@ class RetryPolicy:
             pause = self.max_delay
         return pause * (1 + self.jitter * (2 * chance - 1))
 
+    def is_permanent(self, error: BaseException) -> bool:
+        """Tell whether no later attempt would mend it."""
+        return isinstance(error, (PermanentError, *self.permanent))
+
     def decide(self, error: BaseException, attempt: int, chance: float) -> float | None:
         """Return the seconds until the next attempt, or None if there is to be none.
 
@@ -87,7 +94,7 @@ class RetryPolicy:
             attempt: Which attempt that was, from 1 on.
             chance: From 0 to 1, for the jitter.
         """
-        if isinstance(error, (PermanentError, *self.permanent)):
+        if self.is_permanent(error):
             return None
         if self.attempts is not None and attempt >= self.attempts:
             return None
@@ -102,25 +109,30 @@ def attempt_of(headers: dict[str, Any] | None) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 1
 
 
-def headers_of_retry(
-    headers: dict[str, Any] | None, attempt: int, handler: str | None, now: str
-) -> dict[str, Any]:
-    """Return the headers of ours that the next attempt carries.
+def retried(
+    properties: pika.BasicProperties, attempt: int, handler: str | None, now: str
+) -> pika.BasicProperties:
+    """Return the properties of the next attempt at a message.
 
     Args:
-        headers: Those of the attempt that failed.
+        properties: Those of the attempt that failed.
         attempt: Which one that was.
         handler: The only one to run again, if several handle the message.
         now: The time, in case that this was the first failure.
     """
-    first = (headers or {}).get(FIRST_FAILURE)
-    own: dict[str, Any] = {
-        ATTEMPT: attempt + 1,
-        FIRST_FAILURE: first if isinstance(first, str) else now,
-    }
+    headers = dict(properties.headers or {})
+    # A message that is published again with the broker's record of its dead letterings
+    # would be taken for one that goes in circles, and dropped in silence.
+    headers.pop("x-death", None)
+    headers[ATTEMPT] = attempt + 1
+    if not isinstance(headers.get(FIRST_FAILURE), str):
+        headers[FIRST_FAILURE] = now
     if handler is not None:
-        own[HANDLER] = handler
-    return own
+        headers[HANDLER] = handler
+    again = copy.copy(properties)
+    again.headers = headers
+    again.expiration = None  # it was taken in time, and would leave its delay too early
+    return again
 
 
 def _check(name: str, value: Any, makes_sense: bool, least: float, more: str = "") -> None:

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import unittest
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from postage.broker.errors import CONNECTION_FORCED, PRECONDITION_FAILED
 from postage.errors import ClosedError
 from postage.fingerprint import Fingerprint
 from postage.microthreads import MicroScheduler
-from postage.processor import MessageProcessor, Verdict
+from postage.processor import MessageProcessor
 from postage.settings import TLS_VARIABLES, Settings
 from postage.transport import connection as connections
 from postage.transport.subscriber import Delivery
@@ -419,14 +419,13 @@ class Running:
 
     def _listen(self, component: MessageProcessor) -> None:
         """Hear of the messages that go wrong, and of a restart."""
-        park = component._park
+        on_error = component.on_error
 
-        def listening(delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, None]:
-            if verdict.error is not None:
-                self.errors.append(verdict.error)
-            return park(delivery, verdict)
+        def listening(delivery: Delivery, error: BaseException) -> None:
+            self.errors.append(error)
+            on_error(delivery, error)
 
-        vars(component).update(_park=listening, restart=_no_restart)
+        vars(component).update(on_error=listening, restart=_no_restart)
 
 
 class _Scheduler(MicroScheduler):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import pika
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from postage.retry import (
     HANDLER,
     RetryPolicy,
     attempt_of,
-    headers_of_retry,
+    retried,
 )
 
 MIDDLE = 0.5  # of the jitter: none
@@ -120,12 +121,16 @@ def test_the_attempt_is_in_a_header(headers: dict[str, Any] | None, expected: in
     assert expected == attempt_of(headers)
 
 
-def test_the_headers_of_the_next_attempt_count_on() -> None:
-    """The time of the first failure stays."""
-    first = headers_of_retry(None, 1, None, "noon")
-    assert {ATTEMPT: 2, FIRST_FAILURE: "noon"} == first
-    second = headers_of_retry(first, 2, "msg_echo", "one")
-    assert {ATTEMPT: 3, FIRST_FAILURE: "noon", HANDLER: "msg_echo"} == second
+def test_the_properties_of_the_next_attempt_count_on() -> None:
+    """The time of the first failure stays, as what is the sender's. Nothing changes in place."""
+    headers = {"own": 1, "x-death": [{"queue": "q"}]}
+    original = pika.BasicProperties(headers=headers, message_id="7", expiration="1000")
+    first = retried(original, 1, None, "noon")
+    assert {"own": 1, ATTEMPT: 2, FIRST_FAILURE: "noon"} == first.headers
+    assert ("7", None) == (first.message_id, first.expiration)
+    second = retried(first, 2, "msg_echo", "one")
+    assert {"own": 1, ATTEMPT: 3, FIRST_FAILURE: "noon", HANDLER: "msg_echo"} == second.headers
+    assert ({"own": 1, "x-death": [{"queue": "q"}]}, "1000") == (headers, original.expiration)
 
 
 class Clock:

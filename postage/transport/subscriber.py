@@ -37,6 +37,7 @@ from postage.errors import (
     TransportError,
 )
 from postage.health import ConsumerHealth, Incident, incident, latest
+from postage.retry import attempt_of
 from postage.topology import QueueSpec
 from postage.transport.connection import Connection, State, backoff
 from postage.transport.conversation import Script, attempting, converse, translated
@@ -103,6 +104,28 @@ class Delivery:
 
     def __repr__(self) -> str:
         return f"<Delivery {self.delivery_tag} from {self.queue.name!r}>"
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """The headers of the message."""
+        return self.properties.headers or {}
+
+    @property
+    def message_id(self) -> str | None:
+        """The id of the message. Messages of Postage 1.2.1 have none."""
+        message_id: str | None = self.properties.message_id
+        return message_id
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The id of the conversation, or of the call, that the message belongs to."""
+        correlation_id: str | None = self.properties.correlation_id
+        return correlation_id
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt at the message this is, from 1 on."""
+        return attempt_of(self.properties.headers)
 
 
 class _Consumer:
