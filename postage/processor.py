@@ -429,6 +429,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 logger.exception("%r could not tidy up", self)
         self._ended = True
         self.consumer.close()
+        if self.dedupe is not None:
+            self.dedupe.close()
         if self._pool is not None:
             self._pool.close(0.0)
             self._pool = None
