@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import pika
 
 from postage import debugging
+from postage.delay import Wait
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import ClosedError, ConfigurationError, DecodeError, PostageError
 from postage.futures import Future
@@ -370,8 +371,12 @@ class GenericConsumer:
         properties: pika.BasicProperties,
         mandatory: bool,
         timeout: float = PUBLISH_TIMEOUT,
+        delay: float = 0.0,
     ) -> Future[None]:
         """Publish straight to a queue, and return a future for the confirm.
+
+        With a delay it gets there so many seconds later, without an ``expiration`` and without
+        what an earlier delay left in its headers. The confirm comes now.
 
         It goes over the publishing connection: an alarm of the broker may stop that one, and
         must not stop the acknowledgements on this one.
@@ -399,6 +404,7 @@ class GenericConsumer:
             confirm=True,
             deadline=time.monotonic() + timeout,
             settled=settled,
+            aim=Wait(delay).begin(mandatory) if delay else None,
         )
         publisher.hub.call(lambda: publisher.send([publishing]))
         return future

@@ -24,6 +24,7 @@ import pika
 from postage import debugging
 from postage import outbox as outboxes
 from postage.batch import Batch
+from postage.delay import MOST_HEADERS, Wait, plain_seconds
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import (
     ClosedError,
@@ -73,9 +74,18 @@ logger = debugging.logger_of(__name__)
 #: Characters up to which a text fits into 255 bytes of UTF-8, whatever it is made of.
 _SHORT = 255 // 4
 
+#: The longest `expiration` that RabbitMQ takes, in milliseconds: ten years.
+_LONGEST_TTL_MS = 10 * 365 * 24 * 3600 * 1000
+
 _ROUTING = frozenset({"_key", "_eks", "_queue"})
-_PROPERTIES = frozenset({"_headers", "_message_id", "_mandatory", "_persistent"})
-_MESSAGE_KEYWORDS = _ROUTING | _PROPERTIES | {"_confirm", "_timeout", "_future", "_outbox"}
+_PROPERTIES = frozenset({"_headers", "_message_id", "_mandatory", "_persistent", "_priority"})
+#: What is not for RPC: a request lasts as long as its caller waits, and has an id of its own.
+_DELAYS = frozenset({"_delay", "_at"})
+_NOT_FOR_RPC = _DELAYS | {"_ttl", "_correlation_id"}
+_IDS = frozenset({"_message_id", "_correlation_id"})
+_MESSAGE_KEYWORDS = (
+    _ROUTING | _PROPERTIES | _NOT_FOR_RPC | {"_confirm", "_timeout", "_future", "_outbox"}
+)
 _RPC_KEYWORDS = _ROUTING | _PROPERTIES | {"_timeout", "_max_retry", "_queue_only", "_future"}
 
 #: Guards the lazy opening of producers. Of the process, and new in a forked child.
@@ -113,6 +123,12 @@ class GenericProducer:
     ``_future``        True: return at once, with a future
     ``_headers``       a dict of AMQP headers
     ``_message_id``    an id of your own
+    ``_correlation_id``  an id that belongs to something else; not for RPC
+    ``_priority``      0 to 255, for queues that know priorities
+    ``_delay``         seconds or a timedelta that it waits in the broker; not for RPC
+    ``_at``            a datetime with a time zone until which it waits there; not for RPC
+    ``_ttl``           seconds or a timedelta after which it is given up; not for RPC, and
+                       not with ``_delay`` or ``_at``
     ``_mandatory``     for this message only, instead of the attribute `mandatory`
     ``_persistent``    the same for `persistent`
     ``_confirm``       the same for `confirm`; not for RPC, which waits for more
@@ -326,6 +342,7 @@ class GenericProducer:
 
     def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> Composed:
         pairs = self._targets(special)
+        wait = _wait_of(special)
         timeout = special.get("_timeout")
         outbox = outboxes.current() if special.get("_outbox", self.outbox) else None
         if outbox is not None and not special.get("_message_id"):
@@ -344,6 +361,7 @@ class GenericProducer:
             if timeout is None
             else _seconds("_timeout", timeout),
             outbox=outbox,
+            wait=wait,
         )
 
     def _send(self, composed: Composed, as_future: bool) -> Any:
@@ -372,6 +390,11 @@ class GenericProducer:
     # -------------------------------------------------------------------------- RPC
 
     def _rpc_send(self, /, *args: Any, _callable: Builder, **kwds: Any) -> Any:
+        if refused := sorted(_NOT_FOR_RPC & kwds.keys()):
+            raise TypeError(
+                f"an RPC call takes no {', '.join(refused)}: it is sent now, lasts _timeout "
+                "seconds, and its correlation id is its own"
+            )
         special = {name: kwds.pop(name) for name in _RPC_KEYWORDS & kwds.keys()}
         message = _callable(*args, **kwds)
         message.fingerprint(**self._fingerprint())
@@ -526,11 +549,17 @@ class GenericProducer:
             "timestamp": int(time.time()),
             "app_id": str(name) if name is not None else None,
             "headers": dict(headers) if headers else None,
+            "priority": _priority_of(special),
+            "correlation_id": _correlation_id_of(special),
+            "expiration": _expiration_of(special),
         }
         doubtful = any(len(key) > _SHORT for _exchange, key in pairs) or len(str(name)) > _SHORT
-        if headers or doubtful or "_message_id" in special:
+        if headers or doubtful or not _IDS.isdisjoint(special):
+            if not _DELAYS.isdisjoint(special):  # there must be room for what they add
+                headers = {**(headers or {}), **MOST_HEADERS}
+            checked = pika.BasicProperties(**{**properties, "headers": headers})
             for _exchange, key in pairs:
-                check_encodable(key, pika.BasicProperties(**properties))
+                check_encodable(key, checked)
         return properties
 
     def _encode(self, body: Mapping[str, Any]) -> bytes:
@@ -629,6 +658,49 @@ def _checked(eks: Eks) -> list[tuple[type[Exchange], str]]:
         if not isinstance(pair[1], str):
             raise ConfigurationError(f"eks: the routing key {pair[1]!r} is no string")
     return [(exchange, key) for exchange, key in pairs]
+
+
+def _wait_of(special: Mapping[str, Any]) -> Wait | None:
+    delay, at = special.get("_delay"), special.get("_at")
+    if delay is None and at is None:
+        return None
+    if special.get("_ttl") is not None:
+        raise ConfigurationError(
+            "give _ttl, or _delay or _at, but not both: a message that expires would leave the "
+            "queue early in which it waits"
+        )
+    return Wait(delay, at)
+
+
+def _expiration_of(special: Mapping[str, Any]) -> str | None:
+    """Return the property that makes a message expire: milliseconds, as text."""
+    ttl = special.get("_ttl")
+    if ttl is None:
+        return None
+    milliseconds = round(plain_seconds("_ttl", ttl) * 1000)
+    if not 1 <= milliseconds <= _LONGEST_TTL_MS:
+        raise ConfigurationError(f"_ttl is {ttl!r}: give at least 0.001 seconds, at most ten years")
+    return str(milliseconds)
+
+
+def _priority_of(special: Mapping[str, Any]) -> int | None:
+    priority = special.get("_priority")
+    if priority is None:
+        return None
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 255:
+        raise ConfigurationError(f"_priority is {priority!r}: give an int from 0 to 255")
+    return priority
+
+
+def _correlation_id_of(special: Mapping[str, Any]) -> str | None:
+    value = special.get("_correlation_id")
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > 255:
+        raise ConfigurationError(
+            f"_correlation_id is {value!r:.60}: give a string of at most 255 bytes"
+        )
+    return value
 
 
 def _seconds(what: str, value: Any, negative: bool = False) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pika
 
+from postage.delay import Wait
 from postage.errors import (
     BatchError,
     PostageError,
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class Composed:
     """A message that is ready to be sent: its body, its properties and its pairs.
 
-    ``outbox`` is where it waits until the handler that sends it has succeeded, if anywhere.
+    ``outbox`` is where it waits until the handler that sends it has succeeded, if anywhere,
+    and ``wait`` how long it waits in the broker from then on.
     """
 
     __slots__ = (
@@ -38,6 +40,7 @@ class Composed:
         "pairs",
         "properties",
         "timeout",
+        "wait",
     )
 
     def __init__(
@@ -50,6 +53,7 @@ class Composed:
         confirm: bool,
         timeout: float,
         outbox: Outbox | None = None,
+        wait: Wait | None = None,
     ) -> None:
         self.body = body
         self.properties = properties
@@ -58,11 +62,13 @@ class Composed:
         self.confirm = confirm
         self.timeout = timeout
         self.outbox = outbox
+        self.wait = wait
         self.message_id: str = properties.message_id
 
     def publishings(self, settled: Callable[[Publishing], None]) -> list[Publishing]:
         """Return one publishing for each pair."""
         deadline = time.monotonic() + self.timeout
+        aim = None if self.wait is None else self.wait.begin(self.mandatory)
         return [
             Publishing(
                 exchange,
@@ -73,6 +79,7 @@ class Composed:
                 confirm=self.confirm,
                 deadline=deadline,
                 settled=settled,
+                aim=aim,
             )
             for exchange, key in self.pairs
         ]

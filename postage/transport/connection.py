@@ -16,12 +16,13 @@ import collections
 import contextlib
 import enum
 import logging
+import math
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import pika
@@ -42,14 +43,16 @@ from postage.errors import (
 from postage.futures import Future
 from postage.health import Incident, incident
 from postage.settings import Settings, address_of, adopt_on_mismatch, variable_of
-from postage.topology import ExchangeSpec
+from postage.topology import ExchangeSpec, QueueSpec
 from postage.transport import hub as hubs
 from postage.transport import tls
 from postage.transport.conversation import (
+    Declarable,
     Done,
+    Preparation,
     Script,
     converse,
-    declare_exchange,
+    declare,
     translated,
 )
 
@@ -209,7 +212,8 @@ class Connection:
         self.users = 0
         self._tenants: list[Tenant] = []
         self._questions: collections.deque[_Question] = collections.deque()
-        self._exchanges: set[ExchangeSpec] = set()
+        #: What was declared, and until when that is taken for granted.
+        self._declared: dict[Declarable | Preparation, float] = {}
         self._hosts: list[_Host] = []
         self._host: _Host = settings.hosts[0]
         #: Why each host could not be had, since there was a connection.
@@ -318,29 +322,46 @@ class Connection:
         expires = None if timeout is None else time.monotonic() + timeout
         self._put(_Question(script, done, expires))
 
-    def knows(self, exchange: ExchangeSpec) -> bool:
-        """Tell whether an exchange was declared on this connection, or need not be.
+    def knows(self, what: Declarable | Preparation) -> bool:
+        """Tell whether something was declared on this connection, or need not be.
 
         A publish to an exchange that does not exist closes the channel, and takes
         everything that was written behind it along.
         """
-        return exchange in self._exchanges or exchange.is_default
+        if isinstance(what, ExchangeSpec) and what.is_default:
+            return True
+        return self._declared.get(what, 0.0) > time.monotonic()
 
-    def declare(self, exchange: ExchangeSpec, done: Done, timeout: float | None) -> None:
-        """Declare an exchange, after which `knows()` it."""
+    def declare(self, preparation: Preparation, done: Done, timeout: float | None) -> None:
+        """Declare what of a preparation is not known, after which `knows()` it."""
+        part: Declarable | None = None
+
+        def script(channel: Channel) -> Script[None]:
+            nonlocal part
+            for part in _parts_of(preparation):
+                if not self.knows(part):
+                    yield from declare(channel, part)
+                    self._learn(part)
+            self._learn(preparation)
 
         def declared(_result: Any, error: TransportError | None) -> None:
-            if isinstance(error, MismatchError) and is_adopted(error):
-                error = None
-            if error is None:
-                self._exchanges.add(exchange)
-            done(None, error)
+            if part is not None and isinstance(error, MismatchError) and is_adopted(error):
+                self._learn(part)
+                self.declare(preparation, done, timeout)  # the rest of it
+            else:
+                done(None, error)
 
-        self.probe(lambda channel: declare_exchange(channel, exchange), declared, timeout)
+        self.probe(script, declared, timeout)
+
+    def _learn(self, what: Declarable | Preparation) -> None:
+        if isinstance(what, (ExchangeSpec, QueueSpec)):
+            self._declared[what] = math.inf
+        else:
+            self._declared[what] = time.monotonic() + what.lasts_seconds
 
     def forget_exchanges(self) -> None:
         """Declare each exchange again before its next use."""
-        self._exchanges.clear()
+        self._declared.clear()
 
     def abort(self, error: Exception) -> None:
         """Drop the socket without a word, as if the network had done it.
@@ -434,7 +455,7 @@ class Connection:
         opened = self._is_up
         after = self._move(Event.LOST)
         self.amqp = None
-        self._exchanges.clear()
+        self._declared.clear()
         if after is State.CLOSED:
             agreed = isinstance(error, pika_errors.ConnectionClosedByClient)
             self._finish_close(agreed and not self._aborted)
@@ -598,6 +619,10 @@ class Connection:
         for tenant in tuple(self._tenants):
             tenant.disconnected(error)
         self._clean.set(clean)
+
+
+def _parts_of(preparation: Preparation) -> Iterable[Declarable]:
+    return (preparation,) if isinstance(preparation, ExchangeSpec) else preparation.parts()
 
 
 def _parameters(settings: Settings, host: _Host, purpose: str) -> pika.ConnectionParameters:

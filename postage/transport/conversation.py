@@ -15,9 +15,9 @@ Everything here runs in the loop. pika's exceptions become ours here and nowhere
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pika import exceptions as pika_errors
 from pika.channel import Channel
@@ -43,6 +43,35 @@ Request = Callable[..., Any]
 Script = Generator[Request, Any, T]
 #: Takes the script's result and None, or None and the error.
 Done = Callable[[Any, "TransportError | None"], None]
+
+
+class Scripted(Protocol):
+    """A value that is declared by a script of its own, such as a binding."""
+
+    @property
+    def lasts_seconds(self) -> float:
+        """How long it is taken for granted that it is there."""
+
+    def script(self, channel: Channel) -> Script[Any]:
+        """Declare it."""
+
+
+Declarable = ExchangeSpec | QueueSpec | Scripted
+
+
+class Detour(Protocol):
+    """Where a message goes that does not go straight to its exchange. Hashable."""
+
+    @property
+    def lasts_seconds(self) -> float:
+        """How long it is taken for granted that it is there."""
+
+    def parts(self) -> Iterable[Declarable]:
+        """Return what it consists of, in the order in which it is declared."""
+
+
+#: What has to be there before a message is published.
+Preparation = ExchangeSpec | Detour
 
 
 def translated(error: BaseException | None) -> TransportError:
@@ -136,6 +165,15 @@ def attempting(attempt: str, advice: str = "") -> Iterator[None]:
         if error.attempt:
             raise
         raise type(error)(error.code, error.text, attempt, advice) from None
+
+
+def declare(channel: Channel, what: Declarable) -> Script[Any]:
+    """Return the script that declares an exchange, a queue, or what has a script of its own."""
+    if isinstance(what, ExchangeSpec):
+        return declare_exchange(channel, what)
+    if isinstance(what, QueueSpec):
+        return declare_queue(channel, what)
+    return what.script(channel)
 
 
 def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:

@@ -51,7 +51,7 @@ from postage.errors import (
 from postage.health import Health, Incident, incident, latest
 from postage.topology import ExchangeSpec
 from postage.transport.connection import Connection, State
-from postage.transport.conversation import Script, converse, translated
+from postage.transport.conversation import Preparation, Script, converse, translated
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,13 @@ class Publishing:
         settled: Called once with this object, by the leader, when its fate is known.
         wants_reply: Its ``reply_to`` is the channel that it is published on.
         repeatable: Whether it is written again if a loss leaves it in doubt.
+        aim: Called whenever it is about to be written, if it may take a detour: sets
+            ``preparation``, ``via`` (the name of the exchange), ``properties`` and
+            ``mandatory``.
     """
 
     __slots__ = (
+        "aim",
         "body",
         "confirm",
         "deadline",
@@ -103,11 +107,13 @@ class Publishing:
         "key",
         "lost",
         "mandatory",
+        "preparation",
         "properties",
         "repeatable",
         "returned",
         "settled",
         "suspect",
+        "via",
         "wants_reply",
     )
 
@@ -124,8 +130,12 @@ class Publishing:
         settled: Callable[[Publishing], None],
         wants_reply: bool = False,
         repeatable: bool = True,
+        aim: Callable[[Publishing], None] | None = None,
     ) -> None:
         self.exchange = exchange
+        self.preparation: Preparation = exchange
+        self.via = exchange.name
+        self.aim = aim
         self.key = key
         self.body = body
         self.properties = properties
@@ -354,7 +364,9 @@ class Publisher:
             publishing = self._held[0]
             if self._written and (self._alone or publishing.suspect):
                 break
-            if not self.connection.knows(publishing.exchange):
+            if publishing.aim is not None:
+                publishing.aim(publishing)
+            if not self.connection.knows(publishing.preparation):
                 self._declare(publishing)
                 break
             self._held.popleft()
@@ -364,19 +376,19 @@ class Publisher:
         if self._declaring:
             return
         self._declaring = True
-        exchange = publishing.exchange
+        preparation = publishing.preparation
 
         def declared(_result: Any, error: TransportError | None) -> None:
             self._declaring = False
             if error is not None:
-                refused = [each for each in self._held if each.exchange == exchange]
+                refused = [each for each in self._held if each.preparation == preparation]
                 for each in refused:
                     self._held.remove(each)
                     self._settle(each, Fate.UNSENT, error)
             self._pump()
 
         # Without a deadline: others wait for the same exchange, each with its own.
-        self.connection.declare(exchange, declared, None)
+        self.connection.declare(preparation, declared, None)
 
     def _listen(self, channel: Channel) -> None:
         """Consume the replies that come straight to this channel.
@@ -398,7 +410,7 @@ class Publisher:
             self._listen(channel)
         try:
             channel.basic_publish(
-                publishing.exchange.name,
+                publishing.via,
                 publishing.key,
                 publishing.body,
                 publishing.properties,
@@ -442,11 +454,13 @@ class Publisher:
             if (
                 publishing.key == method.routing_key
                 and publishing.properties.message_id == properties.message_id
-                and publishing.exchange.name == method.exchange
+                and publishing.via == method.exchange
                 and publishing.mandatory
                 and not publishing.returned
             ):
                 publishing.returned = True
+                if publishing.via != publishing.exchange.name:
+                    self.connection.forget_exchanges()  # its detour was deleted
                 if not publishing.confirm:
                     logger.warning("%s", UnroutableError([publishing.pair]))
                 return
