@@ -65,6 +65,23 @@ CLOSE_CONNECTIONS = """
         <- rabbit_networking:connection_info_all([pid, vhost])].
 """
 
+#: Erlang: does in the name of a queue's consumers what the broker does at their basic.cancel, but
+#: for the cancel-ok. The first three parts of a consumer are its channel, its tag, whether it acks.
+FORGET_CONSUMERS = """
+    {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),
+    Queue = amqqueue:get_pid(Q),
+    Forget = case amqqueue:get_type(Q) of
+        rabbit_classic_queue -> fun(Channel, Tag) ->
+            ok = gen_server2:call(Queue, {{basic_cancel, Channel, Tag, undefined, <<"tests">>}})
+        end;
+        rabbit_quorum_queue -> fun(Channel, Tag) ->
+            Cancel = rabbit_fifo:make_checkout({{Tag, Channel}}, cancel, #{{}}),
+            {{ok, ok, _}} = ra:process_command(Queue, Cancel)
+        end
+    end,
+    [Forget(element(1, C), element(2, C)) || C <- rabbit_amqqueue:consumers(Q)].
+"""
+
 
 def find_scripts() -> Path | None:
     """Return the folder of RabbitMQ's own scripts, None if it is not installed.
@@ -287,6 +304,10 @@ class RabbitNode:
         """Close the connections to a virtual host, or all, with reply code 320."""
         which = "_" if vhost is None else f'<<"{vhost}">>'
         self._eval(CLOSE_CONNECTIONS.format(vhost=which, reason=reason))
+
+    def forget_consumers(self, queue: str, vhost: str) -> None:
+        """Cancel the consumers of a queue without a word to their clients, as if it lost them."""
+        self._eval(FORGET_CONSUMERS.format(queue=queue, vhost=vhost))
 
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
