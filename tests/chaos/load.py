@@ -7,7 +7,7 @@ import collections
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pika
 
-from tests.chaos.records import CONFIRMED, HANDLED, Judgement, Records, judge
+from tests.chaos.records import BEGUN, CONFIRMED, FAILED, HANDLED, Judgement, Records, judge
 from tests.programs import ROOT, Program
 from tests.waiting import wait_until
 
@@ -32,6 +32,10 @@ RECOVERY_SECONDS = 90.0
 
 #: What the fixture `loads` gives: makes a `Load` from a URL and a heartbeat, if those matter.
 Loads = Callable[..., "Load"]
+
+#: What a program logs when it has lost a connection, and when an alarm holds it back.
+LOSS = "trying again until it works"
+ALARM = "blocks publishers"
 
 #: Messages that must be confirmed, and as many handled, after a fault.
 PROGRESS = 50
@@ -68,7 +72,8 @@ class Load:
 
     def __init__(self, title: str, url: str, folder: Path, heartbeat: int | None = None) -> None:
         self.title = title
-        self.url = with_query(url, heartbeat)
+        self.url = url
+        self._query = "" if heartbeat is None else f"heartbeat={heartbeat}"
         self.folder = folder
         self.producers: list[Program] = []
         self.consumers: list[Program] = []
@@ -89,6 +94,11 @@ class Load:
         self._programs.close()
 
     # --------------------------------------------------------------------- the programs
+
+    @property
+    def programs(self) -> list[Program]:
+        """All programs, also those that ended."""
+        return [*self.producers, *self.consumers]
 
     def start_consumer(self, *options: str, component: str = COMPONENT, url: str = "") -> Program:
         """Start a component, and wait until it consumes."""
@@ -186,24 +196,39 @@ class Load:
         """Tell whether everything that was confirmed so far was handled."""
         return not self.judgement().lost
 
+    def unconfirmed(self) -> set[str]:
+        """Return the messages that were handled while their producers do not know their fate."""
+        unknown: set[str] = set()
+        for word, message, *_ in self.sent():
+            (unknown.add if word == BEGUN else unknown.discard)(message)
+        return unknown & {message for word, message, *_ in self.received() if word == HANDLED}
+
     def wait_for_progress(self, count: int = PROGRESS) -> None:
         """Wait until a number of messages more was confirmed to each producer, and handled."""
-        before = self._counts()
-        wanted = [HANDLED, *(f"p{n}" for n, each in enumerate(self.producers) if each.is_running)]
-
-        def is_made() -> bool:
-            now = self._counts()
-            return all(now[name] >= before[name] + count for name in wanted)
-
-        self.wait_for(is_made, f"{count} more are confirmed to each producer, and handled")
-
-    def _counts(self) -> collections.Counter[str]:
-        """Return how many messages were handled, and how many confirmed to which producer."""
-        counts = collections.Counter(
-            message.partition("-")[0] for word, message, *_ in self.sent() if word == CONFIRMED
+        handled = self.judgement().handled
+        self._wait_for_fates(CONFIRMED, count)
+        self.wait_for(
+            lambda: self.judgement().handled >= handled + count, f"{count} more are handled"
         )
-        counts[HANDLED] = sum(word == HANDLED for word, *_ in self.received())
-        return counts
+
+    def wait_for_failures(self, count: int) -> None:
+        """Wait until a number of messages more was reported as failed to each producer."""
+        self._wait_for_fates(FAILED, count)
+
+    def _wait_for_fates(self, fate: str, count: int) -> None:
+        def counts() -> collections.Counter[str]:
+            return collections.Counter(
+                message.partition("-")[0] for word, message, *_ in self.sent() if word == fate
+            )
+
+        before = counts()
+        labels = [f"p{n}" for n, each in enumerate(self.producers) if each.is_running]
+
+        def is_reached() -> bool:
+            now = counts()
+            return all(now[label] >= before[label] + count for label in labels)
+
+        self.wait_for(is_reached, f"{count} more are {fate} for each producer")
 
     def wait_for(self, condition: Callable[[], object], message: str) -> None:
         """Wait for what must happen before long, or fail with all that is known."""
@@ -212,6 +237,27 @@ class Load:
             if time.monotonic() > deadline:
                 raise AssertionError(f"{message}: not in {RECOVERY_SECONDS} s\n{self.describe()}")
             time.sleep(0.05)  # a look reads all records
+
+    @contextlib.contextmanager
+    def noticing(self, text: str, programs: Sequence[Program] = ()) -> Iterator[Callable[[], None]]:
+        """Wait until each program has said something that it had not said before the block.
+
+        Yields:
+            a function that waits for it in the block.
+        """
+        watched = list(programs) or [each for each in self.programs if each.is_running]
+        before = [said(each, text) for each in watched]
+
+        def is_noticed() -> bool:
+            return all(
+                said(each, text) > count for each, count in zip(watched, before, strict=True)
+            )
+
+        def wait() -> None:
+            self.wait_for(is_noticed, f"each of {watched} says {text!r}")
+
+        yield wait
+        wait()
 
     def left_over(self) -> dict[str, int]:
         """Return how many messages are in the queues that each component leaves behind."""
@@ -227,21 +273,20 @@ class Load:
 
     def describe(self) -> str:
         """Return all that is known, for the message of an assertion."""
-        programs = (*self.producers, *self.consumers)
-        outputs = "\n".join(f"{program!r} wrote:\n{_tail(program)}" for program in programs)
+        outputs = "\n".join(f"{each!r} wrote:\n{_tail(each)}" for each in self.programs)
         return f"{self.title}: {self.judgement()}\n{outputs}"
 
     def _start(self, program: str, *options: str, url: str) -> Program:
-        environment = {"POSTAGE_URL": url or self.url}
+        parts = urlsplit(url or self.url)
+        environment = {"POSTAGE_URL": urlunsplit(parts._replace(query=self._query))}
         folder = str(self.folder)
         command = [str(PROGRAMS / program), folder, *options]
         return self._programs.enter_context(Program(command, env=environment))
 
 
-def with_query(url: str, heartbeat: int | None) -> str:
-    """Return a URL that asks for a heartbeat."""
-    query = "" if heartbeat is None else f"heartbeat={heartbeat}"
-    return urlunsplit(urlsplit(url)._replace(query=query))
+def said(program: Program, text: str) -> int:
+    """Return in how many lines a program wrote something."""
+    return sum(text in line for line in list(program.lines))
 
 
 def _tail(program: Program, lines: int = 30) -> str:
