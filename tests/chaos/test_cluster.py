@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 import pytest
 
 from tests.chaos.cluster import Cluster
-from tests.chaos.load import ALL_KINDS, COMPONENT, Load, Loads, Scale, with_query
+from tests.chaos.load import ALL_KINDS, COMPONENT, Load, Loads, Scale
 from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
 
@@ -128,8 +128,8 @@ def test_nodes_that_are_restarted_one_by_one(
 
 def test_a_node_that_freezes(loads: Loads, cluster: Cluster, vhost: str, scale: Scale) -> None:
     """Without a word it stops answering, until others take over, and nothing confirmed is lost."""
-    with loads() as load:
-        start(load, with_query(cluster.url_of(vhost), HEARTBEAT_SECONDS))
+    with loads(heartbeat=HEARTBEAT_SECONDS) as load:
+        start(load, cluster.url_of(vhost))
         for _ in scale.rounds():
             load.wait_for_progress()
             node = busiest(cluster, vhost)
