@@ -52,6 +52,7 @@ class Component(GenericApplication):
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(Fingerprint(options.component).as_dict(), None)
         self.options = options
+        self.known: set[str] = set()
         self.outbox = options.target is not None
         self.record = Record(Path(options.folder) / f"{options.component}-{os.getpid()}.received")
         assert isinstance(self.consumer, Consumer)
@@ -88,6 +89,15 @@ class Component(GenericApplication):
         await asyncio.sleep(self.options.seconds)
         self.end(content)
 
+    @MessageHandler("command", "late")
+    async def msg_late(self, content: Any) -> None:
+        """Take long for the first time that this process gets a message."""
+        self.begin(content)
+        if content["parameters"] not in self.known:
+            self.known.add(content["parameters"])
+            await asyncio.sleep(self.options.late)
+        self.end(content)
+
     @MessageHandler("command", "split")
     def msg_split(self, content: Any) -> None:
         """Send two children, which leave before the ack of their parent."""
@@ -113,6 +123,7 @@ def main() -> None:
     parser.add_argument("folder", help="where it records")
     parser.add_argument("component", help="its name")
     parser.add_argument("--seconds", type=float, default=0.001, help="how long a handler takes")
+    parser.add_argument("--late", type=float, default=0.0, help="how long a late message takes")
     parser.add_argument("--target", help="the component that the children of a split go to")
     parser.add_argument("--die-at", type=int, default=0, help="the ack that it kills itself at")
     options = parser.parse_args()
