@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import pika
@@ -17,6 +18,7 @@ from postage import debugging
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import ClosedError, ConfigurationError, DecodeError, PostageError
 from postage.futures import Future
+from postage.health import ConsumerHealth, latest
 from postage.messages import Message, MessageResult
 from postage.rpc import encoded
 from postage.settings import (
@@ -146,6 +148,24 @@ class GenericConsumer:
         """The consuming channel, for its state."""
         return self.subscriber
 
+    def health(self) -> ConsumerHealth:
+        """Return how this consumer is. Callable from any thread.
+
+        Raises:
+            ForkedError: It belongs to the parent process.
+        """
+        self._check_fork()
+        health = self.subscriber.health()
+        publisher = self._publisher
+        if publisher is None:
+            return health
+        sending = publisher.health()
+        return replace(
+            health,
+            blocked=sending.blocked,
+            last_error=latest(health.last_error, sending.last_error),
+        )
+
     # --------------------------------------------------------------------- topology
 
     def add_eqk(self, eqk: Eqk) -> None:
@@ -178,7 +198,7 @@ class GenericConsumer:
         self._check()
         spec = self._spec(queue, kwds)
         binding = Binding(exchange_spec(exchange_class), spec, key)
-        self.subscriber.declare_binding(binding, self.connect_timeout)
+        self.subscriber.topology.bind(binding, self.connect_timeout)
         logger.debug("bound queue %r to %r, key %r", spec.name, binding.exchange.name, key)
         self._known[spec.name] = spec
         self.qk_list.append((queue, key))
@@ -198,7 +218,7 @@ class GenericConsumer:
         """
         self._check()
         binding = Binding(exchange_spec(exchange_class), self._spec(queue, {}), key)
-        self.subscriber.take_back_binding(binding, self.connect_timeout)
+        self.subscriber.topology.unbind(binding, self.connect_timeout)
 
     def stop_queue(self, queue: QueueLike) -> None:
         """Stop consuming one queue. It stays, with its bindings, for others."""

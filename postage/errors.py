@@ -223,6 +223,14 @@ class BatchError(PublishError):
         return text + "".join(f"; the first: message {key}: {error}" for key, error in first)
 
 
+def printable(error: BaseException | None) -> str:
+    """Return what an error says, also if it has a `__str__` that fails."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"({type(error).__name__} has no text: {type(failure).__name__})"
+
+
 class Signal(ValueError):
     """The base of the exceptions that steer a component and are no errors."""
 

@@ -230,7 +230,7 @@ class GenericApplication(MessageProcessor):
         def script(channel: Any) -> Generator[Any, Any, None]:
             yield partial(getattr(channel, method), queue)
 
-        self.consumer.subscriber.ask(script, TIDY_TIMEOUT, f"{method} {queue!r}")
+        self.consumer.conn_broker.ask(script, TIDY_TIMEOUT, f"{method} {queue!r}")
 
 
 def _part(fingerprint: Mapping[str, Any], key: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pika
 
+from postage.errors import printable
 from postage.transport.publisher import encoded_size
 from postage.transport.subscriber import Delivery
 
@@ -85,14 +86,6 @@ def parked_properties(
     )
     _shorten(properties, headers, own.keys())
     return properties
-
-
-def printable(error: BaseException | None) -> str:
-    """Return what an error says, also if it has a `__str__` that fails."""
-    try:
-        return str(error)
-    except Exception as failure:
-        return f"({type(error).__name__} has no text: {type(failure).__name__})"
 
 
 def _encodable(text: Any) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextvars
 import copy
+import dataclasses
 import enum
 import inspect
 import logging
@@ -37,13 +38,15 @@ from postage.errors import (
     PostageError,
     QueueMismatchError,
     RejectMessage,
+    printable,
 )
 from postage.futures import Future
 from postage.handlers import MessageHandler, MessageHandlerType, Registration
+from postage.health import ComponentHealth, Incident, incident, latest, parts_of
 from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread, sleep
 from postage.outbox import Outbox
-from postage.parking import parked_properties, printable
+from postage.parking import parked_properties
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
 from postage.settings import adopt_on_mismatch
 from postage.topology import Eqk, error_queue
@@ -147,6 +150,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._in_flight: dict[Delivery, Generator[Any, Any, None]] = {}
         self._cancels: dict[Delivery, Callable[[], Any]] = {}
         self._answered = AnsweredCalls()
+        self._handled = self._failed = 0
+        self._incident: Incident | None = None
         self._error_queues: set[str] = set()
         self._farewell: tuple[Delivery, Verdict] | None = None
         self._stopping = False
@@ -165,6 +170,23 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+    def health(self) -> ComponentHealth:
+        """Return how this component is. Callable from any thread.
+
+        Raises:
+            ForkedError: It belongs to the parent process.
+        """
+        health = self.consumer.health()
+        fields = {each.name: getattr(health, each.name) for each in dataclasses.fields(health)}
+        fields["last_error"] = latest(health.last_error, self._incident)
+        return ComponentHealth(
+            **fields,
+            **parts_of(self.fingerprint),
+            running=len(self._in_flight),
+            handled=self._handled,
+            failed=self._failed,
+        )
 
     # -------------------------------------------------------------------- microthread
 
@@ -366,6 +388,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     def _handle(self, delivery: Delivery) -> Generator[Any, Any, None]:
         try:
             verdict = yield from self._judge(delivery)
+            self._handled += 1
             yield from self._carry_out(delivery, verdict)
         finally:
             self._in_flight.pop(delivery, None)
@@ -404,6 +427,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             except AckAndRestart:
                 return Verdict(Fate.RESTART)
             except Exception as error:
+                self._note_failure(error)
                 return Verdict(Fate.PARK, "failed", error)
         return ACK
 
@@ -490,8 +514,13 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 return Verdict(Fate.EXIT)
             if isinstance(error, AckAndRestart):
                 return Verdict(Fate.RESTART)
+            self._note_failure(error)
             logger.error("%s failed: %s", registration.attribute, text, exc_info=error)
         return ACK
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failed += 1
+        self._incident = incident(error)
 
     def _error(self, text: str) -> bytes:
         return self.consumer.reply_body(MessageResultError(text))

@@ -33,6 +33,7 @@ from postage.errors import (
 )
 from postage.fingerprint import Fingerprint
 from postage.futures import Future, refuse_in_coroutine
+from postage.health import Health
 from postage.messages import (
     Message,
     MessageCommand,
@@ -217,6 +218,15 @@ class GenericProducer:
     def channel(self) -> Publisher:
         """The publishing channel, for its state."""
         return self._open()
+
+    def health(self) -> Health:
+        """Return how this producer is. Callable from any thread; it does not connect."""
+        if self._closed:
+            return Health("closed")
+        publisher = self._publisher
+        if publisher is None or publisher.hub.pid != os.getpid():
+            return Health("unused")
+        return publisher.health()
 
     # ---------------------------------------------------------------------- sending
 

@@ -24,6 +24,9 @@ VARIABLE = "POSTAGE_RESTARTED"
 #: What it says where that message had no id.
 UNNAMED = "unnamed"
 
+#: Files that the program begins with, beside its main file.
+sources: list[str] = []
+
 _cause: str | None = None
 
 
@@ -64,16 +67,15 @@ def obstacle() -> str | None:
     One broadcast reaches every instance. If the new code of the program cannot be compiled,
     all of them would end, so they stay with the old code instead.
     """
-    script = getattr(sys.modules.get("__main__"), "__file__", None)
-    if script is None:
-        return None  # python -c, or embedded
-    source = Path(script)
-    if source.suffix == ".pyc" or not source.parent.is_dir() or hasattr(sys, "frozen"):
-        return None  # compiled already, in an archive, or made into an executable
-    try:
-        compile(source.read_bytes(), script, "exec", dont_inherit=True)
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"{script}: {error}"
+    main = getattr(sys.modules.get("__main__"), "__file__", None)  # python -c has none
+    for script in [*sources, *([main] if main else [])]:
+        source = Path(script)
+        if source.suffix == ".pyc" or not source.parent.is_dir() or hasattr(sys, "frozen"):
+            continue  # compiled already, in an archive, or made into an executable
+        try:
+            compile(source.read_bytes(), script, "exec", dont_inherit=True)
+        except (OSError, SyntaxError, ValueError) as error:
+            return f"{script}: {error}"
     return None
 
 

@@ -245,7 +245,10 @@ class Caller:
         self._publisher.send([self._publishing])
 
     def _settled(self, publishing: Publishing) -> None:
-        if publishing.fate in (Fate.CONFIRMED, Fate.UNKNOWN):
+        cause = None if publishing.error is None else publishing.error.__cause__
+        if isinstance(cause, UnroutableError) and publishing is self._publishing:
+            self._fail(cause)  # the reply to a former copy went with its channel
+        elif publishing.fate in (Fate.CONFIRMED, Fate.UNKNOWN):
             self._is_sent = True  # then the reply decides
         elif self._is_sent and isinstance(publishing.error, _UNSENT):
             pass  # true of this one; the time-out says what is true of the call

@@ -251,6 +251,20 @@ class VhostFaults:
         """
         return self._faults.cancel(queue, self._vhost)
 
+    def forget_consumers(self, queue: str) -> int:
+        """Lose the consumers of a queue without a word, as when it moves to another node.
+
+        Args:
+            queue: its name.
+
+        Returns:
+            how many.
+
+        Raises:
+            BrokerError: There is no such queue.
+        """
+        return self._faults.forget_consumers(queue, self._vhost)
+
     def stall(self) -> AbstractContextManager[None]:
         """Neither read nor write, as a broker that hangs."""
         return self._faults.stall()

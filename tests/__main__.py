@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tests.rabbitmq_node import find_scripts
 
@@ -37,31 +38,50 @@ def main(arguments: Sequence[str]) -> int:
     """
     pytest = [sys.executable, "-m", "pytest"]
     if find_scripts() is None or "POSTAGE_TEST_URL" in os.environ:
-        return subprocess.call([*pytest, *arguments])
+        os.execv(sys.executable, [*pytest, *arguments])
     began = time.monotonic()
+    outputs = []
     with contextlib.ExitStack() as stack:
-        others = []
-        for number, (title, chosen) in enumerate(ON_RABBITMQ.items()):
+        processes = stack.enter_context(_ended_together())
+        processes.append(subprocess.Popen([*pytest, "-m", "not rabbitmq", *arguments]))
+        for number, chosen in enumerate(ON_RABBITMQ.values()):
             output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            outputs.append(output)
             # Two processes must not write one cache.
             cache = f"cache_dir=.pytest_cache/rabbitmq-{number}"
             command = [*pytest, "-m", "rabbitmq", "-o", cache, *arguments, *chosen]
-            process = subprocess.Popen(command, stdout=output, stderr=output)
-            others.append((title, process, output))
-        try:
-            codes = [subprocess.call([*pytest, "-m", "not rabbitmq", *arguments])]
-            print("Waiting for the tests on RabbitMQ.", flush=True)
-        finally:  # the terminal has told all of them of an interrupt
-            ended = [process.wait() for _, process, _ in others]
-        for title, _, output in others:
+            processes.append(subprocess.Popen(command, stdout=output, stderr=output))
+        codes = [processes[0].wait()]
+        print("Waiting for the tests on RabbitMQ.", flush=True)
+        codes += [process.wait() for process in processes[1:]]
+        for title, output in zip(ON_RABBITMQ, outputs, strict=True):
             output.seek(0)
             print(f"\n{title}:\n", output.read(), sep="\n")
     print(f"All together took {time.monotonic() - began:.0f} s.")
-    failed = [code for code in (*codes, *ended) if code not in (0, NO_TESTS)]
+    failed = [code for code in codes if code not in (0, NO_TESTS)]
     return failed[0] if failed else 0
 
 
+@contextlib.contextmanager
+def _ended_together() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Let no process of the list outlive the block, whatever ends it."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        yield processes
+    except KeyboardInterrupt:  # the terminal has told all of them
+        raise
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            process.wait()
+
+
 if __name__ == "__main__":
+    # SIGTERM, too, leaves by way of the blocks.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

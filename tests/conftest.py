@@ -27,10 +27,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pika
 import psutil
 import pytest
 
 from tests.embedded_node import EmbeddedNode
+from tests.letters import Mailbox, Sender
 from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode, find_scripts
 
@@ -193,6 +195,20 @@ def broker_url(
     url: str = next(request.getfixturevalue(f"{broker_kind}_urls"))
     monkeypatch.setenv("POSTAGE_URL", url)
     return url
+
+
+@pytest.fixture
+def mailbox(broker_url: str) -> Iterator[Mailbox]:
+    """A queue for what `producer` sends."""
+    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(broker_url))) as connection:
+        yield Mailbox(connection.channel())
+
+
+@pytest.fixture
+def producer(broker_url: str) -> Iterator[Sender]:
+    """A producer, which is closed with the test."""
+    with Sender() as producer:
+        yield producer
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -27,51 +25,11 @@ from postage.errors import (
     PublishUnknownError,
     UnroutableError,
 )
-from postage.messaging import Batch, Exchange, GenericProducer
+from postage.messaging import Batch
+from tests.forks import in_child, name_of_error
+from tests.letters import Letters, Mailbox, Sender
 from tests.nodes import Node
 from tests.waiting import wait_until
-
-
-class Letters(Exchange):
-    name = "letters"
-
-
-class Sender(GenericProducer):
-    eks = [(Letters, "post")]
-
-
-class Mailbox:
-    """An exclusive queue, which pika reads."""
-
-    def __init__(self, channel: Any) -> None:
-        self.channel = channel
-        channel.exchange_declare(Letters.name, durable=True)
-        self.name: str = channel.queue_declare("", exclusive=True).method.queue
-        channel.queue_bind(self.name, Letters.name, "post")
-
-    def parameters(self) -> list[Any]:
-        """Return what the messages say that are there."""
-        parameters = []
-        count = self.channel.queue_declare(self.name, passive=True).method.message_count
-        if count:
-            for _method, _properties, body in self.channel.consume(self.name, auto_ack=True):
-                parameters.append(json.loads(body)["content"]["parameters"])
-                if len(parameters) == count:
-                    break
-            self.channel.cancel()
-        return parameters
-
-
-@pytest.fixture
-def mailbox(broker_url: str) -> Iterator[Mailbox]:
-    with closing(pika.BlockingConnection(pika.URLParameters(broker_url))) as connection:
-        yield Mailbox(connection.channel())
-
-
-@pytest.fixture
-def producer(broker_url: str) -> Iterator[Sender]:
-    with Sender() as producer:
-        yield producer
 
 
 @pytest.mark.parametrize("count", [0, 1, BATCH_CHUNK - 1, BATCH_CHUNK, BATCH_CHUNK + 1])
@@ -307,10 +265,7 @@ def test_a_connection_that_is_lost_during_a_batch_loses_nothing(
     """What was in doubt is sent again, with the same id."""
     vhost = broker_url.rsplit("/", 1)[1]
     with closing(pika.BlockingConnection(pika.URLParameters(broker_url))) as connection:
-        channel = connection.channel()
-        channel.exchange_declare(Letters.name, durable=True)
-        channel.queue_declare("kept", durable=True)
-        channel.queue_bind("kept", Letters.name, "post")
+        Mailbox(connection.channel(), "kept")
     stop = threading.Event()
 
     def cut() -> None:
@@ -329,10 +284,7 @@ def test_a_connection_that_is_lost_during_a_batch_loses_nothing(
 
     assert number + 1 == len(batch.confirmed)
     with closing(pika.BlockingConnection(pika.URLParameters(broker_url))) as connection:
-        channel = connection.channel()
-        arrived = set()
-        while (body := channel.basic_get("kept", auto_ack=True)[2]) is not None:
-            arrived.add(json.loads(body)["content"]["parameters"])
+        arrived = set(Mailbox(connection.channel(), "kept").parameters())
     assert set(range(number + 1)) == arrived
 
 
@@ -431,23 +383,11 @@ def test_an_open_batch_belongs_to_the_process_that_opened_it(
     mailbox: Mailbox, producer: Sender
 ) -> None:
     """A child hears so when it sends, and when its copy of the block ends."""
-    reader, writer = os.pipe()
     with producer.batch() as batch:
         batch.message_before("before")
-        pid = os.fork()
-        if pid == 0:
-            heard = []
-            for use in (batch.message_x, lambda: batch.__exit__(None, None, None)):
-                try:
-                    use()
-                except BaseException as error:
-                    heard.append(type(error).__name__)
-            os.write(writer, " ".join(heard).encode())
-            os._exit(0)
-        os.waitpid(pid, 0)
+        uses = (batch.message_x, lambda: batch.__exit__(None, None, None))
+        heard = in_child(lambda: [name_of_error(use) for use in uses])()
         batch.message_after("after")
 
-    os.close(writer)
-    with open(reader) as heard_by_child:
-        assert "ForkedError ForkedError" == heard_by_child.read()
+    assert ["ForkedError", "ForkedError"] == heard
     assert ["before", "after"] == mailbox.parameters()

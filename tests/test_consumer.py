@@ -524,9 +524,10 @@ def test_a_passive_queue_that_does_not_exist_is_an_error(broker_url: str) -> Non
 
 
 def test_a_queue_named_after_the_process_is_warned_of(
-    broker_url: str, caplog: pytest.LogCaptureFixture
+    broker_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once a name: every start would leave one behind. An exclusive one is fine."""
+    monkeypatch.setattr("postage.consumer._warned", set())  # by the same test on another broker
     name = f"private-{os.getpid()}"
     with GenericConsumer([(Letters, [(f"x{os.getpid()}0", "post"), (name, "post")])]) as consumer:
         consumer.queue_bind(Letters, name, "other")

@@ -428,6 +428,14 @@ def test_a_cancelled_consumer_comes_back(vhost: TestVhost) -> None:
         vhost.faults.cancel("other")
 
 
+def test_the_consumers_of_a_queue_can_be_forgotten(vhost: TestVhost) -> None:
+    """Those of the test's virtual host only."""
+    with running(Greeter):
+        assert 1 == vhost.faults.forget_consumers("greeter")
+    with pytest.raises(BrokerError, match="there is no queue 'other'"):
+        vhost.faults.forget_consumers("other")
+
+
 @pytest.mark.parametrize("fault", ["block", "stall"])
 def test_a_message_waits_until_the_broker_takes_it(vhost: TestVhost, fault: str) -> None:
     """Faults that last are context managers; what is sent meanwhile arrives when they end."""

@@ -8,11 +8,9 @@ import gc
 import json
 import os
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +19,19 @@ import pytest
 
 from postage.errors import ForkedError
 from postage.messaging import (
-    Exchange,
     GenericConsumer,
-    GenericProducer,
     MessageHandler,
     MessageProcessor,
     Queue,
 )
 from postage.microthreads import MicroScheduler
+from tests.forks import in_child, name_of_error
+from tests.letters import Letters, Mailbox, Sender
 from tests.programs import Program
 from tests.waiting import wait_until
 
 # Python warns of a fork beside threads, since most libraries cannot bear it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-
-class Letters(Exchange):
-    name = "letters"
-
-
-class Sender(GenericProducer):
-    eks = [(Letters, "post")]
-
-
-class Mailbox:
-    """An exclusive queue, which pika reads."""
-
-    def __init__(self, channel: Any) -> None:
-        self.channel = channel
-        channel.exchange_declare(Letters.name, durable=True)
-        self.name: str = channel.queue_declare("", exclusive=True).method.queue
-        channel.queue_bind(self.name, Letters.name, "post")
-
-    def count(self) -> int:
-        return int(self.channel.queue_declare(self.name, passive=True).method.message_count)
-
-    def bodies(self) -> list[Any]:
-        """Return the messages that are there."""
-        bodies = []
-        while (body := self.channel.basic_get(self.name, auto_ack=True)[2]) is not None:
-            bodies.append(json.loads(body))
-        return bodies
-
-    def parameters(self) -> list[Any]:
-        return [body["content"]["parameters"] for body in self.bodies()]
-
-
-@pytest.fixture
-def mailbox(broker_url: str) -> Iterator[Mailbox]:
-    with closing(pika.BlockingConnection(pika.URLParameters(broker_url))) as connection:
-        yield Mailbox(connection.channel())
-
-
-@pytest.fixture
-def producer(broker_url: str) -> Iterator[Sender]:
-    with Sender() as producer:
-        yield producer
-
-
-def in_child(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Call a function in a forked child. What is returned waits for the child and its result."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(reader)
-            try:
-                answer = function()
-            except BaseException:
-                answer = traceback.format_exc()
-            with open(writer, "w") as pipe:
-                json.dump(answer, pipe)
-        finally:
-            os._exit(0)
-    os.close(writer)
-
-    def result() -> Any:
-        with open(reader) as pipe:
-            text = pipe.read()
-        os.waitpid(pid, 0)
-        return json.loads(text)
-
-    return result
-
-
-def name_of_error(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__
-    return "no error"
 
 
 # --------------------------------------------------------------------------- threads

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,51 +26,13 @@ from postage.errors import (
     PublishUnknownError,
     UnroutableError,
 )
-from postage.messaging import Exchange, GenericProducer, Transaction
+from postage.messaging import Transaction
+from tests.forks import in_child, name_of_error
+from tests.letters import Mailbox, Sender
 from tests.waiting import wait_until
 
 # Python warns of a fork beside threads, since most libraries cannot bear it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-
-class Letters(Exchange):
-    name = "letters"
-
-
-class Sender(GenericProducer):
-    eks = [(Letters, "post")]
-
-
-class Mailbox:
-    """A queue, which pika reads."""
-
-    def __init__(self, channel: Any) -> None:
-        self.channel = channel
-        channel.exchange_declare(Letters.name, durable=True)
-        self.name: str = channel.queue_declare("mailbox", durable=True).method.queue
-        channel.queue_bind(self.name, Letters.name, "post")
-
-    def count(self) -> int:
-        return int(self.channel.queue_declare(self.name, passive=True).method.message_count)
-
-    def parameters(self) -> list[Any]:
-        """Return what the messages say that are there."""
-        bodies = []
-        while (body := self.channel.basic_get(self.name, auto_ack=True)[2]) is not None:
-            bodies.append(json.loads(body)["content"]["parameters"])
-        return bodies
-
-
-@pytest.fixture
-def mailbox(broker_url: str) -> Iterator[Mailbox]:
-    with closing(pika.BlockingConnection(pika.URLParameters(broker_url))) as connection:
-        yield Mailbox(connection.channel())
-
-
-@pytest.fixture
-def producer(broker_url: str) -> Iterator[Sender]:
-    with Sender() as producer:
-        yield producer
 
 
 @pytest.fixture
@@ -80,13 +41,13 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
     with Broker() as broker:
         monkeypatch.setenv("POSTAGE_URL", broker.url)
         with closing(pika.BlockingConnection(pika.URLParameters(broker.url))) as connection:
-            Mailbox(connection.channel())
+            Mailbox(connection.channel(), "mailbox")
         yield broker
 
 
 def arrived_at(broker: Broker) -> list[Any]:
     with closing(pika.BlockingConnection(pika.URLParameters(broker.url))) as connection:
-        return Mailbox(connection.channel()).parameters()
+        return Mailbox(connection.channel(), "mailbox").parameters()
 
 
 def test_messages_leave_when_the_block_ends(mailbox: Mailbox, producer: Sender) -> None:
@@ -313,23 +274,11 @@ def test_an_open_transaction_belongs_to_the_process_that_opened_it(
     mailbox: Mailbox, producer: Sender
 ) -> None:
     """A child hears so, and sends nothing of what its parent holds."""
-    reader, writer = os.pipe()
     with producer.transaction() as tx:
         tx.message_before("before")
-        pid = os.fork()
-        if pid == 0:
-            heard = []
-            for use in (tx.message_x, lambda: tx.__exit__(None, None, None)):
-                try:
-                    use()
-                except BaseException as error:
-                    heard.append(type(error).__name__)
-            os.write(writer, " ".join(heard).encode())
-            os._exit(0)
-        os.waitpid(pid, 0)
+        uses = (tx.message_x, lambda: tx.__exit__(None, None, None))
+        heard = in_child(lambda: [name_of_error(use) for use in uses])()
         tx.message_after("after")
 
-    os.close(writer)
-    with open(reader) as heard_by_child:
-        assert "ForkedError ForkedError" == heard_by_child.read()
+    assert ["ForkedError", "ForkedError"] == heard
     assert ["before", "after"] == mailbox.parameters()

@@ -5,6 +5,7 @@ basic and confirm). Exchanges and queues are in `declarations`."""
 from __future__ import annotations
 
 import enum
+import itertools
 import logging
 import uuid
 from collections import OrderedDict
@@ -52,12 +53,17 @@ class Settlement(enum.Enum):
 
 
 class Unsettled(NamedTuple):
-    """A delivery that waits for its settlement."""
+    """A delivery that waits for its settlement.
+
+    Attributes:
+        is_lost: it is in its queue again, which forgot the consumer: its settlement is for nothing.
+    """
 
     tag: int
     entry: Entry
     consumer: Consumer | None
     since: float
+    is_lost: bool = False
 
 
 class _Content:
@@ -101,7 +107,6 @@ class Channel:
         #: The prefetch of the whole channel, and how many deliveries count for it.
         self._limit = 0
         self._held = 0
-        self._is_flowing = True
         self._content: _Content | None = None
         self._reply_tag: str | None = None
         self._reply_address: str | None = None
@@ -302,9 +307,7 @@ class Channel:
     @property
     def can_take(self) -> bool:
         """Whether it takes more deliveries now."""
-        if not self._is_flowing or not self.connection.has_room:
-            return False
-        return not self._limit or self._held < self._limit
+        return self.connection.has_room and (not self._limit or self._held < self._limit)
 
     def deliver(self, consumer: Consumer, entry: Entry) -> None:
         """Send a message to a consumer."""
@@ -454,6 +457,19 @@ class Channel:
         if self.connection.knows("consumer_cancel_notify"):
             self.send(spec.Basic.Cancel(consumer.tag, nowait=True))
 
+    def forgotten(self, consumer: Consumer) -> list[Entry]:
+        """Return what a consumer held that its queue has forgotten; the client hears nothing.
+
+        As in RabbitMQ the channel goes on to know the tag, and takes settlements of what is lost.
+        """
+        lost = [each for each in self.unsettled.values() if each.consumer is consumer]
+        for each in lost:
+            self.unsettled[each.tag] = each._replace(is_lost=True)
+        self._held -= len(lost)
+        if self._limit:
+            self.dispatch()
+        return [each.entry for each in lost]
+
     def _stop_replies(self) -> None:
         if self._reply_address is not None:
             self.vhost.remove_caller(self._reply_address)
@@ -479,8 +495,7 @@ class Channel:
         """Give back all that is unsettled."""
         if not method.requeue:
             raise Refusal(NOT_IMPLEMENTED, "requeue=false")
-        settled = list(self.unsettled.values())
-        self.unsettled.clear()
+        settled = self._take(0, multiple=True)
         if isinstance(method, spec.Basic.Recover):
             self.send(spec.Basic.RecoverOk())
         self.settle(settled, Settlement.REQUEUE)
@@ -531,20 +546,17 @@ class Channel:
     def _take(self, tag: int, multiple: bool) -> list[Unsettled]:
         """Return the deliveries that a tag means, which are settled now."""
         unsettled = self.unsettled
+        tags: Iterable[int]
         if multiple and tag == 0:
-            found = list(unsettled.values())
-            unsettled.clear()
-            return found
-        if tag not in unsettled:
+            tags = tuple(unsettled)
+        elif tag not in unsettled:
             raise Refusal(PRECONDITION_FAILED, f"unknown delivery tag {tag}")
-        if not multiple:
-            return [unsettled.pop(tag)]
-        tags = []
-        for each in unsettled:  # in the order of their tags
-            if each > tag:
-                break
-            tags.append(each)
-        return [unsettled.pop(each) for each in tags]
+        elif multiple:  # they are in the order of their tags
+            tags = tuple(itertools.takewhile(lambda each: each <= tag, unsettled))
+        else:
+            tags = (tag,)
+        found = [unsettled.pop(each) for each in tags]
+        return [each for each in found if not each.is_lost]
 
     def check_timeout(self, limit: float) -> None:
         """Refuse to wait any longer for a settlement (RabbitMQ, consumer_timeout).
@@ -564,7 +576,7 @@ class Channel:
     # The channel itself
 
     def flow(self, method: spec.Channel.Flow, payload: bytes) -> None:
-        """Pause deliveries, or go on with them."""
+        """Go on with deliveries, which cannot be paused."""
         if not method.active:
             # RabbitMQ: only prefetch slows consumers down.
             raise Refusal(NOT_IMPLEMENTED, "active=false")
@@ -581,8 +593,7 @@ class Channel:
             self.connection.unfinished -= self.transaction.size
             for each, _ in self.transaction.settlements:
                 self.take_back(each)
-        settled = list(self.unsettled.values())
-        self.unsettled.clear()
+        settled = self._take(0, multiple=True)
         self._unconfirmed.clear()
         self._forget_content()
         # All consumers are gone by now: what is given back is ahead of what comes later.

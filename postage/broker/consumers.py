@@ -6,17 +6,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from postage.broker.frames import short_string
 
+if TYPE_CHECKING:
+    from postage.broker.queues import Entry
+
 
 class Receiver(Protocol):
-    """The channel of a consumer, as far as a queue has to know it."""
+    """The channel of a consumer, as far as its queue has to know it."""
 
     @property
     def can_take(self) -> bool:
         """Whether the channel takes more deliveries now."""
+
+    def deliver(self, consumer: Consumer, entry: Entry) -> None:
+        """Send a message to a consumer."""
+
+    def cancelled(self, consumer: Consumer) -> None:
+        """Tell a consumer that its queue is gone."""
+
+    def forgotten(self, consumer: Consumer) -> list[Entry]:
+        """Return what a consumer held that its queue has forgotten; the client hears nothing."""
 
 
 class Consumer:
@@ -116,7 +128,12 @@ class Consumers:
             self._active = consumer
 
     def remove(self, consumer: Consumer) -> None:
-        """Let a consumer go; if it was the active one, the next in line becomes that."""
+        """Let a consumer go; if it was the active one, the next in line becomes that.
+
+        It is no error if it is not there: the queue may have forgotten it (a fault).
+        """
+        if consumer not in self._members:
+            return
         del self._members[consumer]
         if consumer in self._resting:
             del self._resting[consumer]

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 from postage.broker.errors import CONNECTION_FORCED, BrokerError, Refusal
 from postage.broker.node import Node
+from postage.broker.queues import Queue
+from postage.broker.vhost import VirtualHost
 
 
 class Edge(Protocol):
@@ -103,14 +105,33 @@ class Faults:
         Raises:
             BrokerError: There is no such queue.
         """
+        return self._end_consumers(queue, vhost, VirtualHost.cancel_consumers)
 
-        def cancel(edge: Edge) -> int:
+    def forget_consumers(self, queue: str, vhost: str = "/") -> int:
+        """Lose the consumers of a queue without a word to their clients.
+
+        That happens when a queue moves to another node of RabbitMQ's, and a consumer is lost on
+        the way: no basic.cancel is sent, what the consumer held goes back to the queue, and a
+        settlement that comes later changes nothing. The channel knows its tag still.
+
+        Returns:
+            how many.
+
+        Raises:
+            BrokerError: There is no such queue.
+        """
+        return self._end_consumers(queue, vhost, VirtualHost.forget_consumers)
+
+    def _end_consumers(
+        self, queue: str, vhost: str, end: Callable[[VirtualHost, Queue], int]
+    ) -> int:
+        def find_and_end(edge: Edge) -> int:
             host = edge.node.vhost(vhost)
             if queue not in host.queues:
                 raise BrokerError(f"there is no queue {queue!r} in virtual host {vhost!r}")
-            return host.cancel_consumers(host.queues[queue])
+            return end(host, host.queues[queue])
 
-        number: int = self._call(cancel)
+        number: int = self._call(find_and_end)
         return number
 
     @contextlib.contextmanager

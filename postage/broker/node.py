@@ -90,6 +90,8 @@ class Node:
         self._memory_limit = memory_limit
         self._memory = 0
         self._alarms: dict[str, str] = {}
+        #: Virtual hosts with dead letters to publish, also such as were deleted meanwhile.
+        self._burying: dict[VirtualHost, None] = {}
         self._confirming: dict[Channel, None] = {}
         self._unsynced: list[tuple[Channel, int]] = []
         self._retry: Timer | None = None
@@ -114,9 +116,7 @@ class Node:
             the virtual host.
         """
         if name not in self.vhosts:
-            self.vhosts[name] = VirtualHost(
-                name, self.clock, memory=self._count_memory, store=self._store
-            )
+            self.vhosts[name] = self._new_vhost(name)
             if self._store is not None:
                 self._store.put_vhost(name)
         return self.vhosts[name]
@@ -148,12 +148,19 @@ class Node:
         except KeyError:
             raise BrokerError(f"there is no virtual host {name!r}") from None
 
+    def _new_vhost(self, name: str) -> VirtualHost:
+        return VirtualHost(
+            name,
+            self.clock,
+            memory=self._count_memory,
+            burial=self._bury_soon,
+            store=self._store,
+        )
+
     def _restore(self, stored: Stored) -> None:
         """Rebuild what the store holds, in an order in which each finds what it needs."""
         for name in stored.vhosts:
-            self.vhosts[name] = VirtualHost(
-                name, self.clock, memory=self._count_memory, store=self._store
-            )
+            self.vhosts[name] = self._new_vhost(name)
         for exchange in stored.exchanges:
             self.vhosts[exchange.vhost].restore_exchange(exchange)
         places = {}
@@ -201,10 +208,11 @@ class Node:
         if "memory" in self._alarms and self._memory < MEMORY_RESUME * self._memory_limit:
             self.clear_alarm("memory")
         limit = DEAD_LETTERS_LATER if self.has_more else DEAD_LETTERS_AT_ONCE
-        self.has_more = False
-        for vhost in self.vhosts.values():
+        for vhost in tuple(self._burying):
             vhost.publish_dead_letters(limit)
-            self.has_more = self.has_more or vhost.has_dead_letters
+            if not vhost.has_dead_letters:
+                del self._burying[vhost]
+        self.has_more = bool(self._burying)
         if self._confirming:
             channels, self._confirming = self._confirming, {}
             if self.confirm_delay:
@@ -214,6 +222,9 @@ class Node:
         # What was put and dropped within a turn leaves nothing to write, but has its publisher.
         if self._store is not None and (self._unsynced or not self._store.is_clean):
             self._sync()
+
+    def _bury_soon(self, vhost: VirtualHost) -> None:
+        self._burying[vhost] = None
 
     def confirm_soon(self, channel: Channel) -> None:
         """Have a channel confirm at the end of the turn."""

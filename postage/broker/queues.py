@@ -51,10 +51,9 @@ class Entry:
 class Host(Protocol):
     """What a queue needs from the virtual host in which it lives."""
 
-    clock: Clock
-
-    def deliver(self, consumer: Consumer, entry: Entry) -> None:
-        """Send a message to a consumer."""
+    @property
+    def clock(self) -> Clock:
+        """The broker's clock."""
 
     def bury(self, entry: Entry, reason: str) -> None:
         """Publish a dead letter soon, and call `Queue.buried` with what became of it."""
@@ -255,12 +254,12 @@ class Queue:
             if entry is None:
                 return
             if consumer.no_ack:
-                self.host.deliver(consumer, entry)
+                consumer.channel.deliver(consumer, entry)
                 self.host.forget(entry)
             else:
                 self.unsettled += 1
                 consumer.unsettled += 1
-                self.host.deliver(consumer, entry)
+                consumer.channel.deliver(consumer, entry)
 
     def _pop(self) -> Entry | None:
         for level in reversed(self._levels):

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from postage.broker import arguments, dead_letters, fields
 from postage.broker.clock import Clock
-from postage.broker.consumers import Consumer
 from postage.broker.errors import (
     ACCESS_REFUSED,
     COMMAND_INVALID,
@@ -48,17 +47,11 @@ DEAD_LETTERS_AT_ONCE = 300
 REPLY_TO = "amq.rabbitmq.reply-to"
 
 
-class Receiver(Protocol):
-    """A channel, as far as a virtual host has to know it."""
-
-    def deliver(self, consumer: Consumer, entry: Entry) -> None:
-        """Send a message to a consumer."""
+class Caller(Protocol):
+    """A channel that waits for direct replies."""
 
     def deliver_reply(self, message: Message) -> None:
         """Send a message to the consumer of direct replies."""
-
-    def cancelled(self, consumer: Consumer) -> None:
-        """Tell a consumer that its queue is gone."""
 
 
 @dataclass
@@ -81,6 +74,7 @@ class VirtualHost:
 
     Args:
         memory: is told how many bytes more or fewer are kept.
+        burial: is told of this virtual host when it has a dead letter to publish.
         store: keeps what is durable, None for nothing.
     """
 
@@ -90,17 +84,19 @@ class VirtualHost:
         clock: Clock,
         *,
         memory: Callable[[int], None] = lambda size: None,
+        burial: Callable[[VirtualHost], None] = lambda vhost: None,
         store: Store | None = None,
     ) -> None:
         self.name = name
         self.clock = clock
         self._memory = memory
+        self._burial = burial
         self._store = store
         self.exchanges: dict[str, Exchange] = {}
         self.queues: dict[str, Queue] = {}
         #: The exchanges that lead to a queue or an exchange.
         self._sources: dict[Queue | Exchange, set[Exchange]] = {}
-        self._callers: dict[str, Receiver] = {}
+        self._callers: dict[str, Caller] = {}
         self._dead: deque[tuple[Entry, str]] = deque()
         for exchange, type_ in PREDECLARED.items():
             is_internal = exchange == "amq.rabbitmq.trace"
@@ -316,7 +312,7 @@ class VirtualHost:
         del self.queues[queue.name]
         self._unbind_all(queue)
         for consumer in tuple(queue.consumers):
-            _receiver(consumer).cancelled(consumer)
+            consumer.channel.cancelled(consumer)
         return number
 
     def expire_queue(self, queue: Queue) -> None:
@@ -337,7 +333,16 @@ class VirtualHost:
         consumers = tuple(queue.consumers)
         for consumer in consumers:
             queue.remove_consumer(consumer)
-            _receiver(consumer).cancelled(consumer)
+            consumer.channel.cancelled(consumer)
+        return len(consumers)
+
+    def forget_consumers(self, queue: Queue) -> int:
+        """Lose all consumers of a queue without a word, and return how many those were."""
+        consumers = tuple(queue.consumers)
+        for consumer in consumers:
+            queue.remove_consumer(consumer)
+        held = [entry for each in consumers for entry in each.channel.forgotten(each)]
+        queue.requeue(held, is_lost=True)
         return len(consumers)
 
     def disown(self, connection: object) -> None:
@@ -473,6 +478,7 @@ class VirtualHost:
     def bury(self, entry: Entry, reason: str) -> None:
         """Publish a dead letter with the next call of `publish_dead_letters`."""
         self._dead.append((entry, reason))
+        self._burial(self)
 
     def publish_dead_letters(self, limit: int = DEAD_LETTERS_AT_ONCE) -> None:
         """Publish what died, and what died of that, and so on, but not for ever.
@@ -506,11 +512,7 @@ class VirtualHost:
         self._offer(letter, queues, outcome)
         return outcome.is_routed and not outcome.is_refused
 
-    def deliver(self, consumer: Consumer, entry: Entry) -> None:
-        """Send a message to a consumer."""
-        _receiver(consumer).deliver(consumer, entry)
-
-    def add_caller(self, address: str, channel: Receiver) -> None:
+    def add_caller(self, address: str, channel: Caller) -> None:
         """Let a channel get direct replies."""
         self._callers[address] = channel
 
@@ -620,9 +622,3 @@ def check_not_default(exchange: str) -> None:
     """
     if not exchange:
         raise Refusal(ACCESS_REFUSED, "operation not permitted on the default exchange")
-
-
-def _receiver(consumer: Consumer) -> Receiver:
-    channel: Any = consumer.channel
-    receiver: Receiver = channel
-    return receiver

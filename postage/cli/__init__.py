@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="postage", description="Components on RabbitMQ.")
     parser.add_argument("--version", action="version", version=f"postage {__version__}")
     parser.set_defaults(command=None)
-    chosen = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name")
+    chosen = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command_name")
     for name, module in commands().items():
         description = module.__doc__ or ""
         command = chosen.add_parser(
@@ -85,5 +85,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
-    print(f"postage {options.name}: {error}", file=sys.stderr)
+    print(f"postage {options.command_name}: {error}", file=sys.stderr)
     return code

@@ -40,6 +40,7 @@ from postage.errors import (
     TransportError,
 )
 from postage.futures import Future
+from postage.health import Incident, incident
 from postage.settings import Settings, address_of, adopt_on_mismatch, variable_of
 from postage.topology import ExchangeSpec
 from postage.transport import hub as hubs
@@ -200,8 +201,10 @@ class Connection:
         self.state = State.DISCONNECTED
         #: Why there is no connection, if there was trouble.
         self.last_error: TransportError | None = None
-        #: How often a connection was lost.
-        self.losses = 0
+        #: How often a connection was lost, and how often there was one again.
+        self.losses = self.reconnects = 0
+        #: The last trouble, also if it is over.
+        self.incident: Incident | None = None
         self.amqp: pika.SelectConnection | None = None
         self.users = 0
         self._tenants: list[Tenant] = []
@@ -416,6 +419,7 @@ class Connection:
             logger.info("connected to %s again", self.settings)
         self.last_error = None
         self._failures.clear()
+        self.reconnects += self._was_ready
         self._was_ready = True
         self._ready_since = time.monotonic()
         for tenant in tuple(self._tenants):
@@ -448,6 +452,7 @@ class Connection:
             level = logging.DEBUG if self._interrupted else logging.WARNING
             logger.log(level, "%s; trying again until it works", trouble)
         self._interrupted = False
+        self.incident = incident(trouble)
         if not isinstance(self.last_error, ConnectionFailedError) or not opened:
             self.last_error = trouble
         for tenant in tuple(self._tenants):
@@ -492,6 +497,7 @@ class Connection:
     def _refuse(self, error: ConnectionFailedError) -> None:
         """Tell everybody that trying again will not help."""
         self.last_error = error
+        self.incident = incident(error)
         while self._questions:
             self._questions.popleft().done(None, error)
         for tenant in tuple(self._tenants):

@@ -10,6 +10,7 @@ is a channel and its exchange is known, then *written*, and it ends with one fat
      └── lost ──┘                    written, then the connection went: in doubt, once more
     held, at the deadline ────────> UNSENT     certainly not sent
     written or in doubt, at the deadline ──> UNKNOWN
+    in doubt, and then returned, refused or unsent ──> UNKNOWN: that is true of the second copy
 
 What the broker will not even look at (a property that makes no sense, a user who may not
 write) closes the channel, and the broker does not say which message it was. So all that
@@ -38,6 +39,7 @@ from postage.errors import (
     ChannelClosedError,
     ClosedError,
     ConnectionFailedError,
+    ConnectionLostError,
     EncodingError,
     NackedError,
     PostageError,
@@ -46,6 +48,7 @@ from postage.errors import (
     TransportError,
     UnroutableError,
 )
+from postage.health import Health, Incident, incident, latest
 from postage.topology import ExchangeSpec
 from postage.transport.connection import Connection, State
 from postage.transport.conversation import Script, converse, translated
@@ -97,6 +100,7 @@ class Publishing:
         "fate",
         "in_doubt",
         "key",
+        "lost",
         "mandatory",
         "properties",
         "returned",
@@ -130,8 +134,9 @@ class Publishing:
         self.fate: Fate | None = None
         self.error: PostageError | None = None
         self.returned = False
-        self.in_doubt = False
-        self.suspect = False
+        self.in_doubt = False  # a former copy was written, and had no answer
+        self.lost = False  # and went with its connection
+        self.suspect = False  # or with a channel that one like it has closed
 
     def __repr__(self) -> str:
         fate = self.fate.value if self.fate else "in doubt" if self.in_doubt else "on its way"
@@ -170,6 +175,8 @@ class Publisher:
         self._preparing: Channel | None = None
         self._joined = False
         self._closed = False
+        #: The last message that did not arrive, or refusal, also if it is over.
+        self.incident: Incident | None = None
         self._next_tag = 1
         self._held: collections.deque[Publishing] = collections.deque()
         self._written: dict[int, Publishing] = {}  # by delivery tag, oldest first
@@ -188,6 +195,17 @@ class Publisher:
     def outstanding(self) -> int:
         """How many publishings have no fate yet."""
         return len(self._held) + len(self._written)
+
+    def health(self) -> Health:
+        """Return how this channel and its connection are."""
+        connection = self.connection
+        return Health(
+            state=State.CLOSED.value if self._closed else connection.state.value,
+            blocked=connection.state is State.BLOCKED,
+            in_flight=self.outstanding,
+            reconnects=connection.reconnects,
+            last_error=latest(connection.incident, self.incident),
+        )
 
     def close(self, grace: float) -> None:
         """Wait for what is on its way, at most `grace` seconds, and close the channel."""
@@ -253,6 +271,7 @@ class Publisher:
                 self._settle(publishing, Fate.RETURNED)
             else:
                 publishing.in_doubt = True
+                publishing.lost |= isinstance(error, ConnectionLostError)
                 self._held.appendleft(publishing)
         if self._listening and self._listener is not None:
             self._listening = False
@@ -296,6 +315,7 @@ class Publisher:
         if channel is not self._channel and channel is not self._preparing:
             return
         error = translated(reason)
+        self.incident = incident(error)
         found = isinstance(error, ChannelClosedError) and self._accuse(error)
         self.disconnected(error)
         self.connection.forget_exchanges()  # one of them may have been deleted (404)
@@ -311,7 +331,8 @@ class Publisher:
             name, key = publishing.pair
             attempt = f"publish to exchange {name!r} key {key!r}"
             refusal = ChannelClosedError(error.code, error.text, attempt)
-            self._settle(publishing, Fate.NACKED, refusal)
+            # A copy that went with the channel before was refused then, too.
+            self._settle(publishing, Fate.NACKED, refusal, is_certain=not publishing.lost)
             return True
         for publishing in self._written.values():
             publishing.suspect = True
@@ -425,12 +446,20 @@ class Publisher:
                 return
 
     def _settle(
-        self, publishing: Publishing, fate: Fate, error: PostageError | None = None
+        self,
+        publishing: Publishing,
+        fate: Fate,
+        error: PostageError | None = None,
+        is_certain: bool = False,
     ) -> None:
         if publishing.fate is not None:
             return  # its sender did not want to wait for more than the writing
-        publishing.fate = fate
-        publishing.error = error or _error_of(publishing, fate)
+        error = error or _error_of(publishing, fate)
+        if publishing.in_doubt and error is not None and not is_certain:
+            fate, error = Fate.UNKNOWN, _doubtful(publishing, error)
+        publishing.fate, publishing.error = fate, error
+        if publishing.error is not None:
+            self.incident = incident(publishing.error)
         publishing.settled(publishing)
 
     # -------------------------------------------------------------------- deadlines
@@ -461,10 +490,7 @@ class Publisher:
         for publishing in written.values():
             self._settle(publishing, Fate.RETURNED if publishing.returned else Fate.UNKNOWN)
         for publishing in held:
-            if publishing.in_doubt:
-                self._settle(publishing, Fate.UNKNOWN)
-            else:
-                self._settle(publishing, Fate.UNSENT, self.unsent(publishing))
+            self._settle(publishing, Fate.UNSENT, self.unsent(publishing))
 
     def unsent(self, publishing: Publishing) -> TransportError:
         """Return why a publishing that is still held was not sent."""
@@ -495,6 +521,20 @@ def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:
             f"it may have arrived (message id {publishing.properties.message_id})"
         )
     return None
+
+
+def _doubtful(publishing: Publishing, error: PostageError) -> PostageError:
+    """Return what is known of a message whose first copy was written and never confirmed."""
+    if isinstance(error, PublishUnknownError):
+        return error
+    name, key = publishing.pair
+    unknown = PublishUnknownError(
+        f"publish to exchange {name!r} key {key!r}: it was written before a connection or channel "
+        f"was lost, and may have arrived then (message id {publishing.properties.message_id}); "
+        f"the second time: {error}"
+    )
+    unknown.__cause__ = error
+    return unknown
 
 
 def check_encodable(

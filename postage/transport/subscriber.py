@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Consuming: deliveries in, settlements out.
 
-A `Subscriber` owns the channel of one consumer. It remembers what was declared, bound and
-unbound and which queues are consumed, and puts all of that back on every new connection.
-Deliveries go into its *inbox*, from where the consumer's thread takes them; what that
-thread decides about them goes out *coalesced*.
+A `Subscriber` owns the channel of one consumer. It remembers which queues are consumed, and
+consumes them on every new connection, when its `topology` is back there. Deliveries go into
+its *inbox*, from where the consumer's thread takes them; what that thread decides about
+them goes out *coalesced*.
 
 A delivery belongs to the channel that it came on: settled on a later one, its tag would
 name another message. So each delivery carries the number of its channel, and what was
@@ -19,7 +19,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,28 +28,20 @@ from pika.channel import Channel
 
 from postage.errors import (
     ACCESS_REFUSED,
-    NOT_FOUND,
     PRECONDITION_FAILED,
     RESOURCE_LOCKED,
     ChannelClosedError,
     ClosedError,
     ConnectionFailedError,
     ConnectionLostError,
-    MismatchError,
     TransportError,
 )
-from postage.topology import Binding, ExchangeSpec, QueueSpec, error_queue
-from postage.transport.connection import Connection, State, backoff, is_adopted
-from postage.transport.conversation import (
-    Script,
-    attempting,
-    bind_queue,
-    converse,
-    declare_exchange,
-    declare_queue,
-    translated,
-    unbind_queue,
-)
+from postage.health import ConsumerHealth, Incident, incident, latest
+from postage.topology import QueueSpec
+from postage.transport.connection import Connection, State, backoff
+from postage.transport.conversation import Script, attempting, converse, translated
+from postage.transport.ledger import Ledger
+from postage.transport.watchdog import INTERVAL, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +53,6 @@ UNSTARTED_LIMIT = 300.0
 #: Heartbeats for which a queue that another connection still holds is tried again: a
 #: frozen or cut-off holder is given up by the broker after two.
 TAKEOVER_HEARTBEATS = 4
-
-
-#: What puts the topology back, by kind and value, in an order that works.
-_Steps = dict[tuple[str, object], Callable[[Channel], Script[None]]]
 
 
 class Settlement(enum.Enum):
@@ -121,15 +108,22 @@ class Delivery:
 class _Consumer:
     """One queue that is consumed, over all the channels that come and go."""
 
-    __slots__ = ("live", "prefetch", "spec", "starting", "tag", "wanted")
+    __slots__ = ("delivered", "live", "name", "prefetch", "spec", "starting", "tag", "wanted")
 
     def __init__(self, spec: QueueSpec, prefetch: int) -> None:
         self.spec = spec
         self.prefetch = prefetch
+        self.name = spec.name  # the real one, when it is consumed
+        self.delivered = 0
         self.tag: str | None = None
         self.live = False  # the broker said consume-ok
         self.starting = False  # begun with prefetch 1: see _speed_up
         self.wanted = True  # not stopped
+
+    @property
+    def waits_in_line(self) -> bool:
+        """Whether another consumer may have the queue for itself."""
+        return bool(self.spec.arguments.get("x-single-active-consumer"))
 
 
 def coalesced(unsettled: list[int], acked: set[int]) -> list[tuple[int, bool]]:
@@ -163,24 +157,26 @@ class Subscriber:
         connection: Whose tenant it becomes when the first queue is consumed.
         prefetch: Messages that the broker delivers ahead, for each queue.
         unstarted_limit: Seconds after which a message that nobody started goes back.
+        watch_interval: Seconds between two looks whether the broker still has the consumers.
     """
 
     def __init__(
-        self, connection: Connection, prefetch: int, unstarted_limit: float = UNSTARTED_LIMIT
+        self,
+        connection: Connection,
+        prefetch: int,
+        unstarted_limit: float = UNSTARTED_LIMIT,
+        watch_interval: float = INTERVAL,
     ) -> None:
         self.connection = connection
         self.hub = connection.hub
         self.prefetch = prefetch
         self.unstarted_limit = unstarted_limit
+        self.topology = Ledger(connection)
         self.inbox: collections.deque[Delivery] = collections.deque()
         #: Called by the leader when the inbox is no longer empty.
         self.on_delivery: Callable[[], None] = _nothing
         #: Why consuming is not going on and cannot, or None.
         self.failure: TransportError | None = None
-        self._ledger: _Steps = {}
-        self._names: dict[QueueSpec, str] = {}  # what the broker called the nameless
-        self._named_on: pika.SelectConnection | None = None
-        self._adopted: set[ExchangeSpec | QueueSpec] = set()
         self._consumers: dict[QueueSpec, _Consumer] = {}
         self._cancelling: dict[str, Callable[[], None]] = {}  # what to do then, by consumer tag
         self._joined = False
@@ -196,6 +192,16 @@ class Subscriber:
         self._age_timer: object | None = None
         self._failures = 0
         self._refused_since: float | None = None
+        self._last_delivery: float | None = None  # on the monotonic clock
+        #: The last trouble with consuming, also if it is over.
+        self.incident: Incident | None = None
+        self._watchdog = Watchdog(
+            connection,
+            lambda: [each for each in self._consumers.values() if each.live],
+            lambda: not self._unsettled,
+            self._lost,
+            watch_interval,
+        )
 
     def __repr__(self) -> str:
         live = sum(consumer.live for consumer in tuple(self._consumers.values()))
@@ -203,107 +209,6 @@ class Subscriber:
             f"<Subscriber [{live} of {len(self._consumers)} consumers live, "
             f"{len(self.inbox)} waiting, {len(self._unsettled)} unsettled]>"
         )
-
-    # ----------------------------------------------------------- topology, any thread
-
-    def declare_binding(self, binding: Binding, timeout: float | None) -> None:
-        """Declare exchange, queue and binding, now and on every new connection.
-
-        Raises:
-            QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
-            ChannelClosedError: The broker refuses it otherwise.
-            ConnectionFailedError: There was no broker in time.
-        """
-        steps: _Steps = {}
-        exchange, queue = binding.exchange, binding.queue
-        if not exchange.is_default:
-            steps["exchange", exchange] = lambda channel: self._declare_exchange(channel, exchange)
-        steps["queue", queue] = lambda channel: self._declare_queue(channel, queue)
-        steps["binding", binding] = lambda channel: bind_queue(
-            channel, binding, self.name_of(queue)
-        )
-        self._perform(steps, timeout, f"bind queue {queue.name!r} to {exchange.name!r}")
-
-    def take_back_binding(self, binding: Binding, timeout: float | None) -> None:
-        """Unbind, now and on every new connection: a durable queue keeps its bindings.
-
-        Raises:
-            TransportError: As for `declare_binding()`.
-        """
-        step: _Steps = {
-            ("binding", binding): lambda channel: unbind_queue(
-                channel, binding, self.name_of(binding.queue)
-            )
-        }
-        self._perform(step, timeout, f"unbind queue {binding.queue.name!r}")
-
-    def ask(
-        self, script: Callable[[Channel], Script[Any]], timeout: float | None, what: str
-    ) -> Any:
-        """Run a script once on a channel of its own (`Connection.ask()`)."""
-        return self.connection.ask(script, timeout, what)
-
-    def name_of(self, queue: QueueSpec) -> str:
-        """Return the real name of a declared queue."""
-        return self._names.get(queue, queue.name)
-
-    def _perform(self, steps: _Steps, timeout: float | None, what: str) -> None:
-        while True:
-            try:
-                self.connection.ask(lambda channel: _in_order(channel, steps), timeout, what)
-                break
-            except ChannelClosedError as error:
-                if not self._learns(error):
-                    raise
-        for key, step in steps.items():
-            if key[0] == "binding":
-                self._ledger.pop(key, None)  # to the end: the latest word on a binding counts
-            self._ledger[key] = step  # exchanges and queues stay before what needs them
-
-    def _declare_exchange(self, channel: Channel, spec: ExchangeSpec) -> Script[None]:
-        yield from self._declare(channel, spec)
-
-    def _declare_queue(self, channel: Channel, spec: QueueSpec) -> Script[None]:
-        if self._named_on is not channel.connection:  # the nameless went with the former one
-            self._names.clear()
-            self._named_on = channel.connection
-        target = spec.dead_letter_queue
-        if target is not None and not spec.passive and spec not in self._adopted:
-            yield from self._declare(channel, error_queue(target))
-        name = yield from self._declare(channel, spec)
-        if not spec.name:
-            self._names[spec] = name
-
-    def _declare(self, channel: Channel, spec: ExchangeSpec | QueueSpec) -> Script[str]:
-        """Declare it, or if that makes no sense (any more), see whether it is there.
-
-        A mismatch that was adopted would be one again, and a nameless queue another one.
-        """
-        try:
-            if isinstance(spec, ExchangeSpec):
-                passive = spec.passive or spec in self._adopted
-                yield from declare_exchange(channel, replace(spec, passive=passive))
-                return spec.name
-            passive = spec.passive or spec in self._adopted or spec in self._names
-            asked = replace(spec, name=self.name_of(spec), passive=passive)
-            return (yield from declare_queue(channel, asked))
-        except ChannelClosedError as error:
-            error.spec = spec  # type: ignore[attr-defined]  # for _learns()
-            raise
-
-    def _learns(self, error: ChannelClosedError) -> bool:
-        """Note what a refused declaration tells, and whether the next attempt differs."""
-        spec = getattr(error, "spec", None)
-        if spec is None:
-            return False
-        if isinstance(error, MismatchError) and is_adopted(error):
-            self._adopted.add(spec)
-            return True
-        if error.code == NOT_FOUND and (spec in self._adopted or spec in self._names):
-            self._adopted.discard(spec)  # it was deleted: then it can be made as it should be
-            self._names.pop(spec, None)
-            return True
-        return False
 
     # ---------------------------------------------------------- consuming, any thread
 
@@ -327,6 +232,21 @@ class Subscriber:
         """Whether every queue that is wanted is being consumed, as the broker confirmed."""
         wanted = [each for each in tuple(self._consumers.values()) if each.wanted]
         return bool(wanted) and all(each.live for each in wanted)
+
+    def health(self) -> ConsumerHealth:
+        """Return how this channel and its connection are."""
+        connection, last = self.connection, self._last_delivery
+        wanted = [each for each in tuple(self._consumers.values()) if each.wanted]
+        return ConsumerHealth(
+            state=State.CLOSED.value if self._closed else connection.state.value,
+            in_flight=len(self._unsettled),
+            reconnects=connection.reconnects,
+            last_error=latest(connection.incident, self.incident),
+            consumers_wanted=len(wanted),
+            consumers_live=sum(each.live for each in wanted),
+            waiting=len(self.inbox),
+            last_delivery=None if last is None else time.time() - (time.monotonic() - last),
+        )
 
     def is_current(self, delivery: Delivery) -> bool:
         """Tell whether a delivery can still be settled."""
@@ -385,13 +305,7 @@ class Subscriber:
 
     def connected(self, amqp: pika.SelectConnection) -> None:
         """Put the topology back, then open a channel and consume."""
-        if self._ledger:
-            self.connection.probe(
-                lambda channel: _in_order(channel, dict(self._ledger)),
-                partial(self._restored, amqp),
-            )
-        else:
-            self._open(amqp)
+        self.topology.replay(partial(self._restored, amqp))
 
     def disconnected(self, error: TransportError) -> None:
         """Forget what belongs to the old channel. The broker delivers it again."""
@@ -416,14 +330,10 @@ class Subscriber:
 
     # -------------------------------------------------------------- inside the loop
 
-    def _restored(
-        self, amqp: pika.SelectConnection, _result: Any, error: TransportError | None
-    ) -> None:
+    def _restored(self, amqp: pika.SelectConnection, error: TransportError | None) -> None:
         if self._closed:
             return
-        if isinstance(error, ChannelClosedError) and self._learns(error):
-            self.connected(amqp)
-        elif error is None:
+        if error is None:
             self._open(amqp)
         elif not isinstance(error, ConnectionLostError):
             self._try_again(amqp, error)
@@ -431,8 +341,10 @@ class Subscriber:
     def _open(self, amqp: pika.SelectConnection) -> None:
         if self._closed or amqp is not self.connection.amqp or not amqp.is_open:
             return
-        if self._channel is not None:
-            return  # who asked first was served
+        if self._channel is not None:  # who asked first was served
+            if self._channel.is_open:
+                self._start_all(self._channel)
+            return
         self._channel_number += 1
         channel = amqp.channel(on_open_callback=self.hub.shielded(self._opened))
         channel.add_on_close_callback(self.hub.shielded(self._channel_closed))
@@ -446,12 +358,8 @@ class Subscriber:
     def _opened(self, channel: Channel) -> None:
         if channel is not self._channel:
             return
-        # The exclusive ones first: a refusal (403) closes the channel, and then as few
-        # as possible have begun.
-        for consumer in sorted(
-            self._consumers.values(), key=lambda each: not each.spec.exclusive_consumer
-        ):
-            self._start(channel, consumer)
+        self._start_all(channel)
+        self._watchdog.start()
         if self._age_timer is None:
             self._age_timer = self.hub.call_later(self.unstarted_limit / 10, self._give_old_back)
 
@@ -467,8 +375,17 @@ class Subscriber:
         elif self._channel is not None and self._channel.is_open:
             self._start(self._channel, consumer)
 
+    def _start_all(self, channel: Channel) -> None:
+        """Consume what is not being consumed."""
+        # The exclusive ones first: a refusal (403) closes the channel, and then as few
+        # as possible have begun.
+        for consumer in sorted(
+            self._consumers.values(), key=lambda each: not each.spec.exclusive_consumer
+        ):
+            self._start(channel, consumer)
+
     def _start(self, channel: Channel, consumer: _Consumer) -> None:
-        if not consumer.wanted:
+        if not consumer.wanted or consumer.tag is not None:
             return
         # Slow start: what makes the process crash shall be counted alone, without the
         # messages that were only delivered ahead of it. Only where the broker counts.
@@ -481,8 +398,8 @@ class Subscriber:
         )
 
     def _consuming(self, channel: Channel, consumer: _Consumer, prefetch: int) -> Script[None]:
-        name = self.name_of(consumer.spec)
-        deliver = partial(self._deliver, consumer.spec, self._channel_number)
+        name = consumer.name = self.topology.name_of(consumer.spec)
+        deliver = partial(self._deliver, consumer, self._channel_number)
 
         def consume(callback: Callable[[Any], None]) -> None:
             # In one breath: a prefetch is for the consumers that come after it on the
@@ -514,7 +431,7 @@ class Subscriber:
 
     def _deliver(
         self,
-        queue: QueueSpec,
+        consumer: _Consumer,
         number: int,
         _channel: Channel,
         method: Any,
@@ -523,8 +440,11 @@ class Subscriber:
     ) -> None:
         if number != self._channel_number:
             return
+        consumer.delivered += 1
         self._unsettled[method.delivery_tag] = None
-        self.inbox.append(Delivery(queue, number, method, properties, body))
+        delivery = Delivery(consumer.spec, number, method, properties, body)
+        self._last_delivery = delivery.received
+        self.inbox.append(delivery)
         self.on_delivery()
 
     def _stop(self, queue: QueueSpec | None) -> None:
@@ -552,20 +472,24 @@ class Subscriber:
     def _cancelled(self, frame: Any) -> None:
         """Hear that the broker cancelled a consumer: its queue was deleted, or moved."""
         for consumer in self._consumers.values():
-            if consumer.tag == frame.method.consumer_tag and self.connection.amqp is not None:
+            if consumer.tag == frame.method.consumer_tag:
                 consumer.tag, consumer.live = None, False
-                error = ConnectionLostError(
-                    f"the broker cancelled consuming {consumer.spec.name!r}"
-                )
-                self._restart(error)
+                self._recover(f"the broker cancelled consuming {consumer.name!r}")
                 return
 
-    def _restart(self, error: TransportError) -> None:
-        self._flush()
-        channel = self._channel
-        if channel is not None and channel.is_open:
-            channel.close()  # the close callback declares and consumes anew
-        logger.warning("%s; declaring and consuming anew", error)
+    def _lost(self, consumer: _Consumer, sign: str) -> None:
+        """Hear from the watchdog that a consumer is not there any more."""
+        reason = f"queue {consumer.name!r}: {sign}"
+        # In case that it was there after all, and for the channel, which knows it still.
+        self._cancel(consumer, then=partial(self._recover, reason))
+
+    def _recover(self, reason: str) -> None:
+        """Declare all, and consume what is not being consumed. The rest goes on undisturbed."""
+        logger.warning("%s; declaring and consuming anew", reason)
+        self.incident = incident(ConnectionLostError(reason))
+        amqp = self.connection.amqp
+        if amqp is not None and self.connection.is_open:
+            self.connected(amqp)
 
     def _channel_closed(self, channel: Channel, reason: Exception) -> None:
         if channel is not self._channel:
@@ -580,6 +504,7 @@ class Subscriber:
     def _try_again(self, amqp: pika.SelectConnection, error: TransportError) -> None:
         """Consume anew after a pause; a refusal that will not pass ends the consumer."""
         self._failures += 1
+        self.incident = incident(error)
         code = error.code if isinstance(error, ChannelClosedError) else None
         if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
             patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
@@ -609,6 +534,7 @@ class Subscriber:
     def _fail(self, error: TransportError) -> None:
         logger.error("consuming ends: %s", error)
         self.failure = error
+        self.incident = incident(error)
         self.on_delivery()
 
     # ------------------------------------------------------------------ settlements
@@ -668,7 +594,8 @@ class Subscriber:
         consumer.starting = False
 
         def consume_anew() -> None:
-            if channel is self._channel and channel.is_open and consumer.wanted:
+            unstarted = consumer.wanted and consumer.tag is None
+            if channel is self._channel and channel.is_open and unstarted:
                 converse(
                     channel,
                     self._consuming(channel, consumer, consumer.prefetch),
@@ -757,6 +684,7 @@ class Subscriber:
         if self._age_timer is not None:
             self.hub.cancel(self._age_timer)
             self._age_timer = None
+        self._watchdog.stop()
         self.disconnected(ConnectionLostError("closed"))
 
 
@@ -770,8 +698,3 @@ def _nothing() -> None:
 
 def _ignore(_frame: Any) -> None:
     """Ask for an answer, which another callback hears."""
-
-
-def _in_order(channel: Channel, steps: _Steps) -> Script[None]:
-    for step in steps.values():
-        yield from step(channel)

@@ -396,8 +396,8 @@ def test_random_bytes_harm_nobody_else(before: bytes, data: bytes) -> None:
 def errors_logged() -> Iterator[list[str]]:
     """Collect what the broker says of its own errors; `caplog` is not for hypothesis."""
     errors: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: errors.append(handler.format(record))  # type: ignore[method-assign]
+    handler: Any = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(handler.format(record))
     logger = logging.getLogger("postage.broker")
     logger.addHandler(handler)
     try:

@@ -25,6 +25,7 @@ from postage.broker.connection import (
     Phase,
 )
 from postage.broker.errors import Refusal
+from postage.broker.vhost import VirtualHost
 from tests.broker import wire
 from tests.broker.wire import Caller, Desk, body, frame, header, login, method, opening, tune
 
@@ -952,9 +953,11 @@ def test_a_timeout_of_nothing_does_not_keep_the_broker_busy() -> None:
     assert (spec.Channel.Close, 406) == (type(answer), answer.reply_code)
 
 
-def test_a_circle_of_dead_letters_leaves_time_for_others(desk: Desk) -> None:
-    """A death by rejection is in the header, so that no rule breaks the circle."""
-    caller = desk.opened()
+def begin_circle(caller: Caller) -> None:
+    """Publish a message that dies for ever.
+
+    A death by rejection is in the header, so that no rule breaks the circle.
+    """
     for queue, other in (("q", "r"), ("r", "q")):
         arguments = {"x-message-ttl": 0, "x-dead-letter-exchange": ""}
         arguments["x-dead-letter-routing-key"] = other
@@ -963,6 +966,12 @@ def test_a_circle_of_dead_letters_leaves_time_for_others(desk: Desk) -> None:
     headers = fields.join({"x-death": fields.array([fields.table(death)])})
     caller.send(method(spec.Basic.Publish(routing_key="q"), 1) + header(0, b"\x20\0" + headers))
 
+
+def test_a_circle_of_dead_letters_leaves_time_for_others(desk: Desk) -> None:
+    """Each turn takes a part of it."""
+    caller = desk.opened()
+    begin_circle(caller)
+
     for _ in range(3):
         desk.node.finish_turn()
         assert desk.node.has_more
@@ -970,6 +979,46 @@ def test_a_circle_of_dead_letters_leaves_time_for_others(desk: Desk) -> None:
     for queue in ("q", "r"):
         caller.ask(spec.Queue.Delete(queue=queue))
     assert not desk.node.has_more
+
+
+def test_a_turn_looks_only_at_virtual_hosts_with_dead_letters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand others cost nothing."""
+    desk = Desk(vhosts=("a", "/", "b"))
+    caller = desk.opened()
+    arguments = {"x-message-ttl": 10, "x-dead-letter-exchange": ""}
+    arguments["x-dead-letter-routing-key"] = "dead"
+    caller.ask(spec.Queue.Declare(queue="q", arguments=arguments))
+    caller.ask(spec.Queue.Declare(queue="dead"))
+    caller.send(wire.message("q", b"late"))
+    looked_at: list[str] = []
+    publish = VirtualHost.publish_dead_letters
+
+    def spy(vhost: VirtualHost, limit: int) -> None:
+        looked_at.append(vhost.name)
+        publish(vhost, limit)
+
+    monkeypatch.setattr(VirtualHost, "publish_dead_letters", spy)
+    desk.pass_time(1)
+    desk.pass_time(1)
+
+    assert ["/"] == looked_at
+    monkeypatch.undo()
+    assert b"late" == get(caller, "dead")
+
+
+def test_dead_letters_of_a_deleted_virtual_host_are_counted_off(desk: Desk) -> None:
+    """Those that were not published by then, too."""
+    used = desk.node._memory
+    begin_circle(desk.opened())
+    assert desk.node._memory > used
+
+    desk.node.delete_vhost("/")
+    desk.node.finish_turn()
+
+    assert not desk.node.has_more
+    assert used == desk.node._memory
 
 
 def test_a_connection_that_was_lost_is_forgotten(desk: Desk) -> None:
@@ -1048,7 +1097,8 @@ def test_an_error_of_the_broker_itself_ends_one_connection(
     """It is logged with its traceback, the client is told 541, and others are served."""
     caller = desk.opened()
     queues = desk.node.vhosts["/"].queues
-    queues["broken"] = SimpleNamespace(owner=None)  # type: ignore[assignment]
+    broken: Any = SimpleNamespace(owner=None)
+    queues["broken"] = broken
     answers = caller.ask(spec.Basic.Get(queue="broken"))
     del queues["broken"]
 

@@ -3,18 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from postage.broker.consumers import Consumer, Consumers
-
-
-@dataclass
-class Channel:
-    """A channel that takes deliveries, or not."""
-
-    can_take: bool = True
+from tests.broker.doubles import Channel
 
 
 def consumers_of(*found: Consumer, **options: bool) -> Consumers:

@@ -67,8 +67,8 @@ def publish(channel: BlockingChannel, body: bytes = b"hello", queue: str = "q") 
 
 
 def get(channel: BlockingChannel, queue: str = "q") -> bytes | None:
-    answer: Any = channel.basic_get(queue, auto_ack=True)
-    return answer[2]  # type: ignore[no-any-return]
+    body: bytes | None = channel.basic_get(queue, auto_ack=True)[2]
+    return body
 
 
 def wait_for_events(channel: BlockingChannel, condition: Callable[[], object]) -> None:
@@ -212,12 +212,104 @@ def test_consumers_are_cancelled_and_their_queue_stays(
     assert 1 == broker.faults.cancel("q", vhost="/")
 
 
-def test_consumers_of_no_queue_cannot_be_cancelled(broker: Broker) -> None:
+def test_consumers_of_no_queue_cannot_be_cancelled_nor_forgotten(broker: Broker) -> None:
     """It is an error of the test."""
-    with pytest.raises(BrokerError, match="there is no queue 'q' in virtual host '/'"):
-        broker.faults.cancel("q")
-    with pytest.raises(BrokerError, match="there is no virtual host 'x'"):
-        broker.faults.cancel("q", vhost="x")
+    for end in (broker.faults.cancel, broker.faults.forget_consumers):
+        with pytest.raises(BrokerError, match="there is no queue 'q' in virtual host '/'"):
+            end("q")
+        with pytest.raises(BrokerError, match="there is no virtual host 'x'"):
+            end("q", vhost="x")
+
+
+def test_consumers_are_forgotten_without_a_word(broker: Broker, channel: BlockingChannel) -> None:
+    """What they held goes back, and what their client says of it later changes nothing."""
+    heard: list[Any] = []
+    tags: list[int] = []
+    channel.add_on_cancel_callback(heard.append)
+    channel.basic_qos(prefetch_count=4)
+    channel.basic_consume("q", lambda *delivery: tags.append(delivery[1].delivery_tag))
+    for number in range(5):
+        publish(channel, b"%d" % number)
+    wait_for_events(channel, lambda: len(tags) == 4)
+
+    assert 1 == broker.faults.forget_consumers("q")
+
+    answer: Any = channel.queue_declare("q", passive=True).method
+    assert (0, 5) == (answer.consumer_count, answer.message_count)
+    channel.basic_ack(tags[0])
+    channel.basic_reject(tags[1], requeue=False)
+    channel.basic_nack(tags[2], multiple=True)
+    assert [b"0", b"1", b"2", b"3", b"4", None] == [get(channel) for _ in range(6)]
+    assert [] == heard
+    assert 4 == len(tags)
+    assert 0 == broker.faults.forget_consumers("q")
+    channel.basic_ack(tags[0])  # twice is an error, as for every delivery
+    with pytest.raises(ChannelClosedByBroker, match="unknown delivery tag 1"):
+        channel.queue_declare("q", passive=True)
+    with connected(broker.url) as other:
+        assert None is get(other.channel())
+
+
+def test_a_forgotten_consumer_gives_nothing_back_twice(
+    broker: Broker, channel: BlockingChannel
+) -> None:
+    """Neither with basic.recover nor when its channel closes."""
+    consumer = channel.connection.channel()
+    tags: list[int] = []
+    for _ in range(2):
+        consumer.basic_consume("q", lambda *delivery: tags.append(delivery[1].delivery_tag))
+        publish(channel)
+        wait_for_events(channel, lambda: tags)
+        tags.clear()
+        assert 1 == broker.faults.forget_consumers("q")
+        consumer.basic_recover(requeue=True)
+        assert b"hello" == get(channel)
+        assert None is get(channel)
+    consumer.basic_consume("q", lambda *delivery: tags.append(delivery[1].delivery_tag))
+    publish(channel)
+    wait_for_events(channel, lambda: tags)
+    assert 1 == broker.faults.forget_consumers("q")
+    consumer.close()
+    assert b"hello" == get(channel)
+    assert None is get(channel)
+
+
+def test_the_tag_of_a_forgotten_consumer_can_be_cancelled_and_used_anew(
+    broker: Broker, channel: BlockingChannel
+) -> None:
+    """As in RabbitMQ its channel knows it still, and refuses to give it to another before."""
+    with RawClient.opened(broker.port) as client:
+        client.open_channel()
+        consume = spec.Basic.Consume(queue="q", consumer_tag="t", no_ack=True)
+        client.ask(consume, spec.Basic.ConsumeOk)
+        assert 1 == broker.faults.forget_consumers("q")
+        client.ask(spec.Basic.Cancel("t"), spec.Basic.CancelOk)
+        client.ask(consume, spec.Basic.ConsumeOk)
+        publish(channel)
+        client.expect(spec.Basic.Deliver)
+        client.receive()  # the header
+        client.receive()  # the body
+        assert 1 == broker.faults.forget_consumers("q")
+        closed = client.ask(consume, spec.Connection.Close)
+        assert (530, "NOT_ALLOWED - attempt to reuse consumer tag 't'") == (
+            closed.reply_code,
+            closed.reply_text,
+        )
+
+
+def test_forgotten_deliveries_no_longer_count_for_the_prefetch_of_a_channel(
+    broker: Broker, channel: BlockingChannel
+) -> None:
+    """Its consumers of other queues go on."""
+    bodies: list[bytes] = []
+    channel.queue_declare("other")
+    channel.basic_qos(prefetch_count=1, global_qos=True)
+    for queue in ("q", "other"):
+        channel.basic_consume(queue, lambda *delivery: bodies.append(delivery[3]))
+        publish(channel, queue.encode(), queue)
+    wait_for_events(channel, lambda: bodies == [b"q"])
+    assert 1 == broker.faults.forget_consumers("q")
+    wait_for_events(channel, lambda: bodies == [b"q", b"other"])
 
 
 # Publishing

@@ -16,6 +16,7 @@ from postage.broker.clock import Clock
 from postage.broker.consumers import Consumer
 from postage.broker.messages import Message, join_properties
 from postage.broker.queues import DEAD_LETTER_PAUSE, Entry, Queue
+from tests.broker.doubles import Channel
 
 
 class Time:
@@ -35,19 +36,10 @@ class Time:
 
 
 @dataclass
-class Channel:
-    """A channel that takes deliveries, or not."""
-
-    can_take: bool = True
-
-
-@dataclass
 class Host:
     """A virtual host that writes down what its queues say."""
 
     time: Time = field(default_factory=Time)
-    delivered: list[tuple[str, bytes]] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
     dead: list[tuple[bytes, str]] = field(default_factory=list)
     kept: dict[int, bytes] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
@@ -57,10 +49,6 @@ class Host:
     @property
     def clock(self) -> Clock:
         return self.time.clock
-
-    def deliver(self, consumer: Consumer, entry: Entry) -> None:
-        self.delivered.append((consumer.tag, entry.message.body))
-        self.entries.append(entry)
 
     def bury(self, entry: Entry, reason: str) -> None:
         self.dead.append((entry.message.body, reason))
@@ -126,18 +114,18 @@ def test_messages_come_in_order() -> None:
 
 def test_what_waits_is_handed_to_a_consumer_as_far_as_its_prefetch_allows() -> None:
     """The rest follows when something was settled."""
-    host = Host()
-    queue = queue_of(host)
+    queue = queue_of(Host())
     fill(queue, 1, 2, 3)
-    consumer = Consumer(Channel(), "c", prefetch=2)
+    channel = Channel()
+    consumer = Consumer(channel, "c", prefetch=2)
     queue.add_consumer(consumer)
     queue.dispatch()
-    assert [("c", b"1"), ("c", b"2")] == host.delivered
-    queue.ack(host.entries[0])
+    assert [("c", b"1"), ("c", b"2")] == channel.delivered
+    queue.ack(channel.entries[0])
     consumer.unsettled -= 1
     queue.consumers.wake(consumer)
     queue.dispatch()
-    assert ("c", b"3") == host.delivered[-1]
+    assert ("c", b"3") == channel.delivered[-1]
     assert "<Queue q [0 ready, 2 unsettled, 1 consumers]>" == repr(queue)
 
 
@@ -145,9 +133,10 @@ def test_what_needs_no_ack_is_forgotten_at_once() -> None:
     """It is not unsettled, and no longer kept."""
     host = Host()
     queue = queue_of(host)
-    queue.add_consumer(Consumer(Channel(), "c", no_ack=True))
+    channel = Channel()
+    queue.add_consumer(Consumer(channel, "c", no_ack=True))
     fill(queue, 1)
-    assert ([("c", b"1")], {}, 0) == (host.delivered, host.kept, queue.unsettled)
+    assert ([("c", b"1")], {}, 0) == (channel.delivered, host.kept, queue.unsettled)
 
 
 def test_a_classic_queue_takes_messages_back_to_their_places() -> None:
@@ -293,10 +282,11 @@ def test_a_message_without_time_is_delivered_at_once_or_never() -> None:
     """A TTL of 0 is for those who wait already."""
     host = Host()
     queue = queue_of(host)
-    consumer = Consumer(Channel(), "c", prefetch=1)
+    channel = Channel()
+    consumer = Consumer(channel, "c", prefetch=1)
     queue.add_consumer(consumer)
     fill(queue, "caught", ttl=0)
-    assert [("c", b"caught")] == host.delivered
+    assert [("c", b"caught")] == channel.delivered
     fill(queue, "missed", ttl=0)
     assert (0, 1) == (queue.count, len(host.kept))
 

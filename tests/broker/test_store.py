@@ -450,11 +450,15 @@ def test_a_sync_is_done_in_the_thread_of_the_store(tmp_path: Path) -> None:
 def test_syncs_are_done_in_their_order(tmp_path: Path) -> None:
     """While one is written, the next gather, and none is forgotten."""
     done: queue.Queue[tuple[int, Exception | None]] = queue.Queue()
+
+    def note(number: int, error: Exception | None) -> None:
+        done.put((number, error))
+
     with Store(tmp_path / "s") as store:
         id_ = store.put_queue(a_queue())
         for number in range(300):
             store.put_message(id_, number, message())
-            store.sync(lambda error, number=number: done.put((number, error)))  # type: ignore[misc]
+            store.sync(functools.partial(note, number))
     assert [(number, None) for number in range(300)] == [done.get_nowait() for _ in range(300)]
 
 

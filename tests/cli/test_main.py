@@ -20,7 +20,7 @@ def run(function: Callable[[], int]) -> int:
     """Run what `main` runs when the arguments are read."""
     command = argparse.Namespace(run=lambda options: function())
     parser = argparse.ArgumentParser()
-    parser.set_defaults(command=command, name="try")
+    parser.set_defaults(command=command, command_name="try")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_parser", lambda: parser)
         return cli.main([])

@@ -127,7 +127,9 @@ class _Console:
         if words[0] == "openssl":
             openssl(*words[1:], folder=self._folder)
             return []  # what it draws while it thinks is of no interest
-        assert words[0] == "python", f"the pages run only python and openssl, not {words[0]}"
+        if words[0] == "postage":
+            words[:1] = ["python", "-m", "postage"]
+        assert words[0] == "python", f"the pages do not run {words[0]}"
         program = self._stack.enter_context(
             Program(words[1:], env=environment, cwd=self._folder)
         )

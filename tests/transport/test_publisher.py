@@ -488,6 +488,41 @@ def test_what_is_in_doubt_is_sent_again_first_and_in_order(
     assert [("1", b"first"), *written, *written, ("15", b"15")] == found
 
 
+@pytest.mark.parametrize("trouble", ["returned", "nacked", "refused"])
+def test_what_becomes_of_a_second_copy_does_not_tell_of_the_first(
+    far_sender: Sender, proxy: Proxy, peer: Peer, trouble: str
+) -> None:
+    """The first one is in the queue: nobody may say that the message did not arrive."""
+    peer.declare("box", "letters")
+    letter = far_sender.make("box", b"hello", message_id="1", exchange=LETTERS)
+    far_sender.send(far_sender.make("box", b"first", exchange=LETTERS))
+    proxy.hold_answers()
+    far_sender.start(letter)
+    wait_until(lambda: peer.count("box") == 2)
+    with proxy.outage():
+        far_sender.wait_for(lambda: far_sender.connection.losses)
+        assert [b"first", b"hello"] == peer.bodies("box")
+        if trouble == "returned":
+            peer.channel.queue_unbind("box", "letters", "box")
+        elif trouble == "nacked":
+            full = {"x-max-length": 0, "x-overflow": "reject-publish"}
+            peer.channel.queue_delete("box")
+            peer.declare("box", "letters", **full)
+        else:
+            peer.channel.exchange_delete("letters")
+            peer.channel.exchange_declare("letters", "fanout")
+    proxy.release_answers()
+    assert [Fate.UNKNOWN] == far_sender.wait([letter])
+    assert isinstance(letter.error, PublishUnknownError)
+    assert "may have arrived then (message id 1); the second time: " in str(letter.error)
+    expected = {
+        "returned": UnroutableError,
+        "nacked": NackedError,
+        "refused": ExchangeMismatchError,
+    }
+    assert isinstance(letter.error.__cause__, expected[trouble])
+
+
 def test_what_came_back_before_the_loss_is_not_sent_again(sender: Sender, peer: Peer) -> None:
     """Its confirm is missing, but its fate is known."""
     sender.send(sender.make("nowhere", mandatory=False))

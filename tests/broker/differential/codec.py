@@ -71,11 +71,12 @@ def encode_method(method: amqp_object.Method) -> bytes:
     if not arguments:
         return struct.pack(">I", method.INDEX) + b"".join(method.encode())
     # In every method that has arguments they are the end.
-    method.arguments = None  # type: ignore[attr-defined]
+    with_arguments: Any = method
+    with_arguments.arguments = None
     try:
         payload = struct.pack(">I", method.INDEX) + b"".join(method.encode())
     finally:
-        method.arguments = arguments  # type: ignore[attr-defined]
+        with_arguments.arguments = arguments
     return payload[:-4] + encode_table(arguments)
 
 

@@ -452,9 +452,10 @@ class Channel:
         self, exchange: str, exchange_type: str = "direct", *flags: str, **arguments: Any
     ) -> Event:
         """Declare an exchange."""
+        type_: Any = exchange_type  # pika: of the type of its default, an enum
         method = spec.Exchange.Declare(
             exchange=exchange,
-            type=exchange_type,  # type: ignore[arg-type]
+            type=type_,
             arguments=_dashed(arguments),
         )
         return self.call(_flagged(method, flags))
