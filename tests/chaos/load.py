@@ -43,9 +43,10 @@ PROGRESS = 50
 
 @dataclass(frozen=True)
 class Scale:
-    """How long the load lasts: seconds for each scenario."""
+    """How long the load lasts: seconds for each scenario. Only the long form has all faults."""
 
     seconds: float
+    is_long: bool
 
     def rounds(self, pause: float = 0.0) -> Iterator[int]:
         """Yield 0, 1, ... until the time is over, at least once, and at most each `pause`."""

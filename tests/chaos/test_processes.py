@@ -6,7 +6,6 @@ from __future__ import annotations
 import collections
 import os
 import signal
-from collections.abc import Callable
 
 from tests.chaos.load import RECOVERY_SECONDS, Loads, Scale
 from tests.chaos.records import (
@@ -25,20 +24,24 @@ from tests.waiting import wait_until
 SLOW = ("--seconds", "0.02")
 
 
-def kill_at(program: Program, is_the_moment: Callable[[], bool]) -> None:
-    """Kill a program at a moment. It is frozen for each look, lest the moment pass meanwhile."""
+def kill_amid(program: Program, records: Records, count: int = 1) -> set[str]:
+    """Kill a program in the middle of some messages, and return these.
 
-    def is_caught() -> bool:
+    It is frozen for each look, lest the moment pass meanwhile.
+    """
+
+    def is_killed() -> bool:
         program.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, program.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        if is_the_moment():
-            program.kill()
-            return True
-        program.send_signal(signal.SIGCONT)
-        return False
+        if len(open_ends(records)) < count:
+            program.send_signal(signal.SIGCONT)
+            return False
+        program.kill()
+        return True
 
-    wait_until(is_caught, RECOVERY_SECONDS, "the moment to kill a program")
+    wait_until(is_killed, RECOVERY_SECONDS, "the moment to kill a program")
     assert -signal.SIGKILL == program.wait()
+    return open_ends(records)
 
 
 def open_ends(records: Records) -> set[str]:
@@ -58,8 +61,7 @@ def test_consumers_that_are_killed(loads: Loads, scale: Scale) -> None:
         for _ in scale.rounds(2.0):
             load.wait_for_progress()
             records = Records(load.folder, f"*-{consumer.pid}.received")
-            kill_at(consumer, lambda records=records: bool(open_ends(records)))
-            interrupted |= open_ends(records)
+            interrupted |= kill_amid(consumer, records)
             consumer = load.start_consumer(*SLOW)
         load.wait_for_progress()
 
@@ -96,8 +98,7 @@ def test_producers_that_are_killed(loads: Loads, scale: Scale) -> None:
             label = f"p{len(load.producers)}"
             producer = load.start_producer("--mode", "batch")
             load.wait_for_progress()
-            records = Records(load.folder, f"{label}.sent")
-            kill_at(producer, lambda records=records: len(open_ends(records)) > 1)
+            kill_amid(producer, Records(load.folder, f"{label}.sent"), count=2)
         load.start_producer("--mode", "batch")
         load.wait_for_progress()
 

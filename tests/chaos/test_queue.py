@@ -58,6 +58,7 @@ def consumer_timeout(rabbitmq_node: RabbitNode) -> Iterator[None]:
     set_limits(1_800_000, 60_000)  # the defaults
 
 
+@pytest.mark.chaos
 @pytest.mark.rabbitmq
 def test_acks_that_the_broker_does_not_wait_for(
     consumer_timeout: None, loads: Loads, scale: Scale
@@ -78,7 +79,13 @@ def test_acks_that_the_broker_does_not_wait_for(
 
 
 @pytest.mark.rabbitmq
-@pytest.mark.parametrize("may_declare", [True, False], ids=["publish", "publish and declare"])
+@pytest.mark.parametrize(
+    "may_declare",
+    [
+        pytest.param(True, id="publish"),
+        pytest.param(False, id="publish and declare", marks=pytest.mark.chaos),
+    ],
+)
 def test_permissions_that_are_revoked_for_a_while(
     loads: Loads, rabbitmq_node: RabbitNode, broker_url: str, scale: Scale, may_declare: bool
 ) -> None:
@@ -109,6 +116,7 @@ def test_permissions_that_are_revoked_for_a_while(
     assert {"ChannelClosedError"} == set(judgement.errors)
 
 
+@pytest.mark.chaos
 @pytest.mark.rabbitmq
 def test_a_virtual_host_that_is_closed_for_a_while(
     loads: Loads, rabbitmq_node: RabbitNode, broker_url: str, scale: Scale
@@ -119,15 +127,18 @@ def test_a_virtual_host_that_is_closed_for_a_while(
     def count_refusals() -> int:
         return rabbitmq_node.log_tail(10_000).count(f"access to vhost '{vhost}' refused")
 
+    def wait_for_refusals(total: int) -> None:
+        load.wait_for(lambda: count_refusals() >= total, f"the broker refused {total} times")
+
     with loads() as load:
         load.start()
         for _ in scale.rounds(2.0):
             load.wait_for_progress()
-            refusals = count_refusals() + len(load.programs)
+            before = count_refusals()
             with load.noticing(LOSS):
                 rabbitmq_node.ctl("clear_permissions", "-p", vhost, "guest")
                 rabbitmq_node.close_connections("chaos", vhost)
-            load.wait_for(lambda wanted=refusals: count_refusals() >= wanted, "they try again")
+            wait_for_refusals(before + len(load.programs))
             rabbitmq_node.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
         load.wait_for_progress()
 
