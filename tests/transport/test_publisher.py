@@ -43,7 +43,7 @@ from postage.transport.publisher import (
 )
 from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
-from tests.transport.proxy import Proxy
+from tests.transport.proxy import Proxy, Way
 from tests.waiting import wait_until
 
 #: Seconds after which a fate that has to be known counts as missing.
@@ -521,6 +521,20 @@ def test_what_becomes_of_a_second_copy_does_not_tell_of_the_first(
         "refused": ExchangeMismatchError,
     }
     assert isinstance(letter.error.__cause__, expected[trouble])
+
+
+@pytest.mark.parametrize("way", Way, ids=lambda way: way.name)
+def test_a_connection_that_ended_one_way_is_replaced(
+    far_sender: Sender, proxy: Proxy, peer: Peer, way: Way
+) -> None:
+    """What was written to it, and what waits for its confirm, is sent again."""
+    peer.declare("box")
+    far_sender.send(far_sender.make("box", b"first"))
+    proxy.half_close(way)
+    assert [Fate.CONFIRMED] == far_sender.send(far_sender.make("box", b"second"))
+    assert 1 == far_sender.connection.losses
+    # In the direction that was open, the first copy may have arrived.
+    assert [b"first", b"second"] == sorted(set(peer.bodies("box")))
 
 
 def test_what_came_back_before_the_loss_is_not_sent_again(sender: Sender, peer: Peer) -> None:

@@ -33,7 +33,7 @@ from postage.topology import (
 from postage.transport import connection as connections
 from postage.transport.subscriber import Delivery, Settlement, Subscriber, coalesced
 from tests.nodes import Node
-from tests.transport.proxy import Proxy
+from tests.transport.proxy import Proxy, Way
 from tests.waiting import wait_until
 
 #: Seconds after which what has to come counts as missing.
@@ -519,6 +519,22 @@ def test_an_outage_empties_the_inbox(far_reader: Reader, proxy: Proxy, peer: Pee
     deliveries = far_reader.take(5)
     assert [True] * 5 == [each.redelivered for each in deliveries]
     assert [] == list(far_reader.subscriber.inbox)
+
+
+@pytest.mark.parametrize("way", Way, ids=lambda way: way.name)
+def test_a_connection_that_ended_one_way_is_replaced(
+    far_reader: Reader, proxy: Proxy, peer: Peer, way: Way
+) -> None:
+    """What was delivered on it comes again, and what is sent afterwards as well."""
+    far_reader.bind(BOX)
+    far_reader.consume(BOX)
+    peer.send_numbers("box", 1)
+    far_reader.take()
+    losses = far_reader.connection.losses
+    proxy.half_close(way)
+    far_reader.wait_for(lambda: far_reader.connection.losses > losses)
+    peer.send_numbers("box", 2)
+    assert [b"1", b"2"] == sorted(far_reader.work(2))
 
 
 def test_what_nobody_starts_goes_back(
