@@ -252,6 +252,31 @@ def test_a_full_queue_refuses(sender: Sender, peer: Peer) -> None:
     assert [b"0"] == peer.bodies("box")
 
 
+#: Erlang: lets new channels believe that the leader of a quorum queue is on another node.
+MOVE_LEADER = """
+    {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),
+    {{Name, _}} = amqqueue:get_pid(Q),
+    mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, {{Name, {node}}})).
+"""
+
+
+def test_a_channel_that_refuses_everything_is_not_kept(
+    rabbitmq_node: RabbitNode, sender: Sender, settings: Settings, peer: Peer
+) -> None:
+    """What RabbitMQ 3.10 does with one that first wrote to a queue whose leader had just died."""
+    # Given
+    peer.declare("box", **{"x-queue-type": "quorum"})
+    move = partial(MOVE_LEADER.format, vhost=settings.vhost, queue="box")
+    rabbitmq_node.ctl("eval", move(node="gone@localhost"))
+    assert [Fate.NACKED] == sender.send(sender.make("box"))
+
+    # When
+    rabbitmq_node.ctl("eval", move(node="node()"))
+
+    # Then
+    assert [Fate.CONFIRMED] * 3 == sender.send(*[sender.make("box") for _ in range(3)])
+
+
 def test_a_sender_need_not_wait_for_the_confirm(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
