@@ -107,6 +107,7 @@ def test_nodes_that_are_killed(loads: Loads, cluster: Cluster, vhost: str, scale
         load.finish()
 
 
+@pytest.mark.chaos
 def test_nodes_that_are_restarted_one_by_one(
     loads: Loads, cluster: Cluster, vhost: str, scale: Scale
 ) -> None:
@@ -126,6 +127,7 @@ def test_nodes_that_are_restarted_one_by_one(
         load.finish()
 
 
+@pytest.mark.chaos
 def test_a_node_that_freezes(loads: Loads, cluster: Cluster, vhost: str, scale: Scale) -> None:
     """Without a word it stops answering, until others take over, and nothing confirmed is lost."""
     with loads(heartbeat=HEARTBEAT_SECONDS) as load:
