@@ -161,7 +161,7 @@ def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
                 arguments=dict(spec.arguments),
             )
     except ChannelClosedError as error:
-        if error.code != PRECONDITION_FAILED:
+        if not _is_mismatch(error):
             raise
         raise ExchangeMismatchError(
             error.code,
@@ -182,16 +182,6 @@ def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
         ChannelClosedError: The broker refuses it otherwise.
     """
     attempt = f"declare queue {spec.name!r} ({_asked_for(spec)})"
-    advice = {
-        RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
-        ACCESS_REFUSED: "The user may not declare it: check its permissions",
-        NOT_FOUND: "It was to be checked only (passive) and does not exist",
-        PRECONDITION_FAILED: (
-            "Delete or rename the queue, ask for what it has (POSTAGE_QUEUE_TYPE=classic, a dict "
-            "with its flags, or POSTAGE_COMPAT=1.2 for one that Postage 1.2.1 declared), or set "
-            "POSTAGE_ON_MISMATCH=adopt to use it as it is"
-        ),
-    }
     try:
         answer = yield partial(
             channel.queue_declare,
@@ -203,8 +193,8 @@ def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
             arguments=dict(spec.arguments),
         )
     except ChannelClosedError as error:
-        refusal = QueueMismatchError if error.code == PRECONDITION_FAILED else ChannelClosedError
-        raise refusal(error.code, error.text, attempt, advice.get(error.code, "")) from None
+        refusal = QueueMismatchError if _is_mismatch(error) else ChannelClosedError
+        raise refusal(error.code, error.text, attempt, _advice(error)) from None
     return str(answer.method.queue)
 
 
@@ -231,6 +221,34 @@ def unbind_queue(channel: Channel, binding: Binding, queue: str) -> Script[None]
             exchange=binding.exchange.name,
             routing_key=binding.key,
         )
+
+
+def _is_mismatch(error: ChannelClosedError) -> bool:
+    """Tell whether something exists with other arguments.
+
+    RabbitMQ answers 406 as well where nothing exists yet: for an argument that a type of queue
+    does not take, and at a limit.
+    """
+    return error.code == PRECONDITION_FAILED and "inequivalent arg" in error.text
+
+
+def _advice(error: ChannelClosedError) -> str:
+    """Return what to do about a refused declaration of a queue."""
+    if _is_mismatch(error):
+        return (
+            "Delete or rename the queue, ask for what it has (POSTAGE_QUEUE_TYPE=classic, a dict "
+            "with its flags, or POSTAGE_COMPAT=1.2 for one that Postage 1.2.1 declared), or set "
+            "POSTAGE_ON_MISMATCH=adopt to use it as it is"
+        )
+    if error.code == PRECONDITION_FAILED and "invalid arg" in error.text:
+        return "Leave the argument out, or ask for a value and a type of queue that go with it"
+    if error.code == PRECONDITION_FAILED and "limit" in error.text:
+        return "Raise the limit (rabbitmqctl set_vhost_limits), or delete queues that nobody uses"
+    return {
+        RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
+        ACCESS_REFUSED: "The user may not declare it: check its permissions",
+        NOT_FOUND: "It was to be checked only (passive) and does not exist",
+    }.get(error.code, "")
 
 
 def _asked_for(spec: ExchangeSpec | QueueSpec) -> str:

@@ -7,7 +7,8 @@ back has to be taken back again if the broker was away.
 
 Each step runs on a probe channel (`Connection.ask()`), since a refusal closes the channel
 that it happens on. A refusal may teach something that makes the next attempt differ: that
-what exists is adopted as it is, or that what was adopted is there no more.
+what exists is adopted as it is, or that what was adopted is there no more. What teaches the
+same a second time is the answer.
 """
 
 from __future__ import annotations
@@ -34,8 +35,17 @@ from postage.transport.conversation import (
 _Steps = dict[tuple[str, object], Callable[[Channel], Script[None]]]
 
 
-class _Learned(ChannelClosedError):
+#: What a refusal taught: about what, and the code that taught it.
+_Lesson = tuple[ExchangeSpec | QueueSpec, int]
+
+
+class _Learned(TransportError):
     """A refusal after which the same steps are tried again, and do something else."""
+
+    def __init__(self, lesson: _Lesson, refusal: ChannelClosedError) -> None:
+        super().__init__(lesson, refusal)
+        self.lesson = lesson
+        self.refusal = refusal
 
 
 class Ledger:
@@ -94,12 +104,15 @@ class Ledger:
         return self._names.get(queue, queue.name)
 
     def _perform(self, steps: _Steps, timeout: float | None, what: str) -> None:
+        learned: set[_Lesson] = set()
         while True:
             try:
                 self._connection.ask(lambda channel: _in_order(channel, steps), timeout, what)
                 break
-            except _Learned:
-                continue
+            except _Learned as news:
+                if news.lesson in learned:  # it goes in circles
+                    raise news.refusal from None
+                learned.add(news.lesson)
         for key, step in steps.items():
             if key[0] == "binding":
                 self._steps.pop(key, None)  # to the end: the latest word on a binding counts
@@ -107,11 +120,16 @@ class Ledger:
 
     # ------------------------------------------------------------------- the leader
 
-    def replay(self, done: Callable[[TransportError | None], None]) -> None:
+    def replay(
+        self,
+        done: Callable[[TransportError | None], None],
+        learned: frozenset[_Lesson] = frozenset(),
+    ) -> None:
         """Take every step again.
 
         Args:
             done: Called with None, or with why it was refused.
+            learned: What refusals have taught since it was begun.
         """
         steps = dict(self._steps)
         if not steps:
@@ -119,10 +137,12 @@ class Ledger:
             return
 
         def replayed(_result: Any, error: TransportError | None) -> None:
-            if isinstance(error, _Learned):
-                self.replay(done)
-            else:
+            if not isinstance(error, _Learned):
                 done(error)
+            elif error.lesson in learned:  # it goes in circles
+                done(error.refusal)
+            else:
+                self.replay(done, learned | {error.lesson})
 
         self._connection.probe(lambda channel: _in_order(channel, steps), replayed)
 
@@ -154,7 +174,7 @@ class Ledger:
             return (yield from declare_queue(channel, asked))
         except ChannelClosedError as error:
             if self._learns(spec, error):
-                raise _Learned(error.code, error.text) from error
+                raise _Learned((spec, error.code), error) from error
             raise
 
     def _learns(self, spec: ExchangeSpec | QueueSpec, error: ChannelClosedError) -> bool:

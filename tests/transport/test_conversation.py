@@ -400,6 +400,29 @@ def test_another_refusal_is_no_mismatch(code: int, advice: str) -> None:
     assert bool(advice) == bool(queue.error.advice)
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("PRECONDITION_FAILED - invalid arg 'x-max-priority' for queue 'a'", "Leave the argument"),
+        ("PRECONDITION_FAILED - cannot declare queue 'a': queue limit in", "Raise the limit"),
+        ("PRECONDITION_FAILED - something new", ""),
+    ],
+)
+def test_a_precondition_that_failed_for_another_reason_is_no_mismatch(
+    text: str, advice: str
+) -> None:
+    """There is nothing that could be adopted."""
+    queue = Talk(lambda channel: declare_queue(channel, QUEUE))
+    exchange = Talk(lambda channel: declare_exchange(channel, EXCHANGE))
+    for talk in (queue, exchange):
+        talk.channel.close(406, text)
+        assert ChannelClosedError is type(talk.error)
+        assert "POSTAGE_ON_MISMATCH" not in str(talk.error)
+    assert isinstance(queue.error, ChannelClosedError)
+    assert advice in queue.error.advice
+    assert bool(advice) == bool(queue.error.advice)
+
+
 # ----------------------------------------------------------------------- the real broker
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pika
@@ -31,8 +32,10 @@ from postage.topology import (
     queue_spec,
 )
 from postage.transport import connection as connections
+from postage.transport.ledger import Ledger
 from postage.transport.subscriber import Delivery, Settlement, Subscriber, coalesced
 from tests.nodes import Node
+from tests.rabbitmq_node import RabbitNode
 from tests.transport.proxy import Proxy
 from tests.waiting import wait_until
 
@@ -827,6 +830,65 @@ def test_what_was_adopted_and_then_deleted_is_made_as_it_should_be(
     reader.wait_for(lambda: reader.subscriber.consuming)
     assert "quorum" == queues(node, reader.connection.settings)["quorum"][0]
     assert peer.routes("letters", "key")
+
+
+class Contrary:
+    """A connection to a broker where a queue comes and goes, always at the wrong moment."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def probe(self, script: Callable[[Any], Any], done: Callable[..., None]) -> None:
+        self.rounds += 1
+        assert self.rounds < 10, "it goes on for ever"
+        requests = script(SimpleNamespace(connection=self, queue_declare=print))
+        passive = next(requests).keywords["passive"]
+        refusal = (404, "NOT_FOUND - no queue") if passive else (406, "inequivalent arg 'durable'")
+        try:
+            requests.throw(ChannelClosedError(*refusal))
+        except TransportError as error:
+            done(None, error)
+
+    def ask(self, script: Callable[[Any], Any], _timeout: float | None, _what: str) -> None:
+        errors: list[TransportError] = []
+        self.probe(script, lambda _result, error: errors.append(error))
+        raise errors[0]
+
+
+def test_what_is_learned_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adopted, then gone, then another one again: the same answer comes for ever."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
+    connection = Contrary()
+    ledger = Ledger(connection)  # type: ignore[arg-type]
+    with pytest.raises(QueueMismatchError):
+        ledger.bind(Binding(DEFAULT, BOX, ""), DEADLINE)
+    assert 3 == connection.rounds
+
+
+def test_what_is_learned_twice_after_an_outage_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried for ever without a pause."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
+    connection = Contrary()
+    ledger = Ledger(connection)  # type: ignore[arg-type]
+    ledger._steps["queue", BOX] = lambda channel: ledger._declare_queue(channel, BOX)
+    errors: list[TransportError | None] = []
+    ledger.replay(errors.append)
+    assert [QueueMismatchError] == [type(error) for error in errors]
+    assert 3 == connection.rounds
+
+
+def test_a_limit_is_no_mismatch_that_could_be_adopted(
+    rabbitmq_node: RabbitNode, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The binding fails at once, and nothing is declared again and again."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
+    limit = '{"max-queues": 0}'
+    rabbitmq_node.ctl("set_vhost_limits", "-p", broker_url.rsplit("/", 1)[1], limit)
+    with (
+        Reader(Settings.from_environment()) as reader,
+        pytest.raises(ChannelClosedError, match=r"queue limit .* is reached\. Raise the limit"),
+    ):
+        reader.bind(BOX)
 
 
 def test_a_queue_of_another_connection_is_refused_with_advice(reader: Reader) -> None:
