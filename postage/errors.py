@@ -47,6 +47,8 @@ ACCESS_REFUSED = 403
 NOT_FOUND = 404
 RESOURCE_LOCKED = 405
 PRECONDITION_FAILED = 406
+#: The lowest of those that end the whole connection for something that was asked.
+HARD_ERRORS = 500
 
 
 class PostageError(Exception):
@@ -100,7 +102,31 @@ class ConnectionFailedError(TransportError):
 
 
 class ConnectionLostError(TransportError):
-    """Raised when the connection went away in the middle of an operation."""
+    """Raised when the connection went away in the middle of an operation.
+
+    Args:
+        reason: Why, for people.
+        code: The AMQP reply code, such as 320, if the broker closed it.
+        attempt: What was attempted, if the broker closed it for that.
+    """
+
+    def __init__(self, reason: str = "", code: int | None = None, attempt: str = "") -> None:
+        super().__init__(reason, code, attempt)
+        self.reason = reason
+        self.code = code
+        self.attempt = attempt
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the broker closed it for something that it was asked.
+
+        So it does for what AMQP calls a hard error (0-9-1, 1.5). Those with lower codes, as 320,
+        are for its own reasons, or for what could not happen in a question.
+        """
+        return self.code is not None and self.code >= HARD_ERRORS
+
+    def __str__(self) -> str:
+        return f"{self.attempt}: {self.reason}" if self.attempt else self.reason
 
 
 class ForkedError(TransportError):

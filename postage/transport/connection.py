@@ -154,7 +154,7 @@ class Tenant(Protocol):
 class _Question:
     """A script that somebody wants run on a channel of its own, until it has an answer."""
 
-    __slots__ = ("done", "expires", "script")
+    __slots__ = ("done", "expires", "is_suspect", "script")
 
     def __init__(
         self, script: Callable[[Channel], Script[Any]], done: Done, expires: float | None
@@ -162,6 +162,7 @@ class _Question:
         self.script = script
         self.done = done
         self.expires = expires
+        self.is_suspect = False  # in flight when the broker closed a connection over something
 
 
 def backoff(failures: int, chance: float) -> float:
@@ -209,6 +210,7 @@ class Connection:
         self.users = 0
         self._tenants: list[Tenant] = []
         self._questions: collections.deque[_Question] = collections.deque()
+        self._on_trial: _Question | None = None  # the one suspect that is asked again
         self._exchanges: set[ExchangeSpec] = set()
         self._hosts: list[_Host] = []
         self._host: _Host = settings.hosts[0]
@@ -235,7 +237,9 @@ class Connection:
         """Run a script on a channel of its own, and return its result.
 
         A lost connection in the middle of it runs it again on the next one, so a script
-        must be repeatable, as declarations are.
+        must be repeatable, as declarations are. If the broker closed the connection over
+        something that it was asked, that is done once: the first time it may have been
+        over somebody else's question.
 
         Args:
             script: Takes the channel.
@@ -247,6 +251,7 @@ class Connection:
             ConnectionFailedError: There was no answer in time, or the broker turned the
                 login down.
             ChannelClosedError: The broker refused.
+            ConnectionLostError: It closed the connection over this, twice.
         """
         answer: Future[Any] = Future(self.hub.wait)
         expires = None if timeout is None else time.monotonic() + timeout
@@ -424,8 +429,7 @@ class Connection:
         self._ready_since = time.monotonic()
         for tenant in tuple(self._tenants):
             tenant.connected(amqp)
-        for _ in range(len(self._questions)):
-            self._put(self._questions.popleft())
+        self._put_all()
 
     def _lost(self, amqp: pika.SelectConnection | None, error: BaseException) -> None:
         """Hear that an attempt failed, that the connection is gone, or that it is closed."""
@@ -517,14 +521,21 @@ class Connection:
             for tenant in tuple(self._tenants):
                 tenant.blocked(False)
 
+    def _put_all(self) -> None:
+        for _ in range(len(self._questions)):
+            self._put(self._questions.popleft())
+
     def _put(self, question: _Question) -> None:
-        """Run a question now, or keep it until there is a connection."""
+        """Run a question now, or keep it until there is a connection.
+
+        Suspects run one after the other, so that the innocent survive the guilty.
+        """
         if self.state in (State.DRAINING, State.CLOSED):
             question.done(None, ClosedError(f"{self!r} is closed"))
         elif question.expires is not None and time.monotonic() >= question.expires:
             error = ConnectionFailedError(f"no answer from {self.settings} in time{self.trouble()}")
             question.done(None, error)
-        elif not self.is_open:
+        elif not self.is_open or (question.is_suspect and self._on_trial is not None):
             self._questions.append(question)
             self._connect_soon()
         else:
@@ -535,11 +546,19 @@ class Connection:
         begun = False
 
         def answer(result: Any, error: TransportError | None) -> None:
-            if isinstance(error, ConnectionLostError) and not self.is_open:
+            tried = self._on_trial is question
+            if tried:
+                self._on_trial = None
+            lost = isinstance(error, ConnectionLostError) and not self.is_open
+            is_hard = isinstance(error, ConnectionLostError) and error.is_hard
+            if lost and not (tried and is_hard):
+                question.is_suspect |= is_hard
                 self._put(question)  # once more, on the next connection
                 return
             if channel.is_open:
                 channel.close()
+            if tried:
+                self._put_all()
             question.done(result, error)
 
         def opened(channel: Channel) -> None:
@@ -557,6 +576,8 @@ class Connection:
             self.hub.call_later(CHANNEL_PAUSE, lambda: self._put(question))
             return
         channel.add_on_close_callback(self.hub.shielded(closed))
+        if question.is_suspect:
+            self._on_trial = question
 
     def _abandon(self, error: BaseException) -> None:
         """Start anew: the loop broke in the middle of something (`Hub.on_broken`)."""

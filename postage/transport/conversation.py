@@ -53,7 +53,8 @@ def translated(error: BaseException | None) -> TransportError:
         return ChannelClosedError(error.reply_code, error.reply_text)
     if isinstance(error, pika_errors.ConnectionClosedByBroker):
         return ConnectionLostError(
-            f"the broker closed the connection: {error.reply_code} {error.reply_text}"
+            f"the broker closed the connection: {error.reply_code} {error.reply_text}",
+            error.reply_code,
         )
     if isinstance(error, (pika_errors.ChannelClosedByClient, pika_errors.ConnectionClosedByClient)):
         return ClosedError("closed by this program")
@@ -136,6 +137,10 @@ def attempting(attempt: str, advice: str = "") -> Iterator[None]:
         if error.attempt:
             raise
         raise type(error)(error.code, error.text, attempt, advice) from None
+    except ConnectionLostError as error:
+        if error.attempt or not error.is_hard:
+            raise
+        raise ConnectionLostError(error.reason, error.code, attempt) from None
 
 
 def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
@@ -144,6 +149,7 @@ def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
     Raises:
         ExchangeMismatchError: It exists with another type or other arguments.
         ChannelClosedError: The broker refuses it otherwise.
+        ConnectionLostError: The connection went, perhaps over this (`is_hard`).
     """
     if spec.is_default:
         return  # it exists, and must not be declared (403)
@@ -180,18 +186,20 @@ def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
     Raises:
         QueueMismatchError: It exists with other arguments.
         ChannelClosedError: The broker refuses it otherwise.
+        ConnectionLostError: The connection went, perhaps over this (`is_hard`).
     """
     attempt = f"declare queue {spec.name!r} ({_asked_for(spec)})"
     try:
-        answer = yield partial(
-            channel.queue_declare,
-            queue=spec.name,
-            passive=spec.passive,
-            durable=spec.durable,
-            exclusive=spec.exclusive,
-            auto_delete=spec.auto_delete,
-            arguments=dict(spec.arguments),
-        )
+        with attempting(attempt):
+            answer = yield partial(
+                channel.queue_declare,
+                queue=spec.name,
+                passive=spec.passive,
+                durable=spec.durable,
+                exclusive=spec.exclusive,
+                auto_delete=spec.auto_delete,
+                arguments=dict(spec.arguments),
+            )
     except ChannelClosedError as error:
         refusal = QueueMismatchError if _is_mismatch(error) else ChannelClosedError
         raise refusal(error.code, error.text, attempt, _advice(error)) from None

@@ -75,6 +75,7 @@ class Ledger:
             QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
             ChannelClosedError: The broker refuses it otherwise.
             ConnectionFailedError: There was no broker in time.
+            ConnectionLostError: The broker closes the connection over it.
         """
         steps: _Steps = {}
         exchange, queue = binding.exchange, binding.queue

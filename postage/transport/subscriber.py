@@ -191,6 +191,7 @@ class Subscriber:
         self._flush_timer: object | None = None
         self._age_timer: object | None = None
         self._failures = 0
+        self._is_costly = False  # putting the topology back cost the connection, the last time
         self._refused_since: float | None = None
         self._last_delivery: float | None = None  # on the monotonic clock
         #: The last trouble with consuming, also if it is over.
@@ -305,7 +306,10 @@ class Subscriber:
 
     def connected(self, amqp: pika.SelectConnection) -> None:
         """Put the topology back, then open a channel and consume."""
-        self.topology.replay(partial(self._restored, amqp))
+        if self._is_costly:  # the others shall have something of the new connection first
+            self._pause(amqp)
+        else:
+            self.topology.replay(partial(self._restored, amqp))
 
     def disconnected(self, error: TransportError) -> None:
         """Forget what belongs to the old channel. The broker delivers it again."""
@@ -334,9 +338,15 @@ class Subscriber:
         if self._closed:
             return
         if error is None:
+            self._is_costly = False
             self._open(amqp)
         elif not isinstance(error, ConnectionLostError):
             self._try_again(amqp, error)
+        elif error.is_hard:  # the connection comes back, and we with it
+            self._is_costly = True
+            self._failures += 1
+            self.incident = incident(error)
+            logger.error("%s; trying again", error)
 
     def _open(self, amqp: pika.SelectConnection) -> None:
         if self._closed or amqp is not self.connection.amqp or not amqp.is_open:
@@ -525,9 +535,14 @@ class Subscriber:
         else:
             logger.warning("%s; consuming anew", error)
 
+        self._pause(amqp)
+
+    def _pause(self, amqp: pika.SelectConnection) -> None:
+        """Put all back and consume anew, after a while, if the connection lasts for that long."""
+
         def again() -> None:
             if self.connection.amqp is amqp and amqp.is_open and not self._closed:
-                self.connected(amqp)
+                self.topology.replay(partial(self._restored, amqp))
 
         self.hub.call_later(backoff(self._failures, 1.0) / 2, again)
 

@@ -457,6 +457,59 @@ def test_a_question_that_cannot_be_written_fails_at_once(settings: Settings) -> 
         assert "ShortStringTooLong" in str(caught.value)
 
 
+#: Nobody knows this type: RabbitMQ closes the connection over it (503), not the channel.
+STRANGE = ExchangeSpec("strange", "x-nobody-knows-this")
+
+
+def test_a_question_that_costs_the_connection_is_asked_twice_and_fails(settings: Settings) -> None:
+    """The error names what was attempted and what the broker says, long before the deadline."""
+    with using(settings) as connection:
+        with pytest.raises(ConnectionLostError, match=r"declare exchange 'strange'.*503") as caught:
+            connection.ask(lambda channel: declare_exchange(channel, STRANGE), DEADLINE, "ask")
+        assert 503 == caught.value.code
+        assert 2 == connection.losses
+        open_up(connection)
+
+
+def test_the_innocent_are_answered_while_others_cost_the_connection(settings: Settings) -> None:
+    """Who was asking at that moment is asked again alone, and on the next connection once more."""
+    answers: dict[str, TransportError | None] = {}
+
+    def done(name: str, _result: Any, error: TransportError | None) -> None:
+        answers[name] = error
+
+    def ask_all() -> None:
+        for number in range(6):
+            script = declaring if number % 2 else lambda channel: declare_exchange(channel, STRANGE)
+            connection.probe(script, partial(done, f"{number}"), DEADLINE)
+
+    with using(settings) as connection:
+        open_up(connection)
+        connection.hub.call(ask_all)
+        wait_for(connection, lambda: len(answers) == 6)
+        guilty = [ConnectionLostError, type(None)] * 3
+        assert guilty == [type(answers[f"{number}"]) for number in range(6)]
+        assert 4 == connection.losses
+
+
+def test_a_connection_that_goes_for_another_reason_is_nobodys_fault(
+    settings: Settings, node: Node
+) -> None:
+    """The question is asked again as often as it takes."""
+    rounds: list[int] = []
+
+    def script(channel: Any) -> Any:
+        rounds.append(1)
+        if len(rounds) < 4:
+            with ThreadPoolExecutor() as pool:
+                pool.submit(node.close_connections, "on purpose").result(DEADLINE)
+        return (yield from declaring(channel))
+
+    with using(settings) as connection:
+        connection.ask(script, DEADLINE, "declare")
+        assert 3 == connection.losses
+
+
 def test_many_threads_may_ask_at_once(settings: Settings) -> None:
     """Each gets the answer to its own question."""
 

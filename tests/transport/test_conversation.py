@@ -300,6 +300,27 @@ def test_a_refusal_says_what_was_attempted() -> None:
         raise ConnectionLostError
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [(503, "inner: COMMAND_INVALID"), (320, "COMMAND_INVALID"), (None, "COMMAND_INVALID")],
+)
+def test_what_cost_the_connection_says_what_was_attempted(code: int | None, text: str) -> None:
+    """What AMQP calls a hard error is for something that was asked; others come at any time."""
+    with pytest.raises(ConnectionLostError) as caught, attempting("outer"), attempting("inner"):
+        raise ConnectionLostError("COMMAND_INVALID", code)
+    assert (code, text) == (caught.value.code, str(caught.value))
+
+
+def test_a_close_of_the_connection_keeps_its_code() -> None:
+    """Whoever has to decide need not read the text."""
+    lost = translated(pika_errors.ConnectionClosedByBroker(541, "INTERNAL_ERROR"))
+    assert isinstance(lost, ConnectionLostError)
+    assert 541 == lost.code
+    cut = translated(pika_errors.StreamLostError("x"))
+    assert isinstance(cut, ConnectionLostError)
+    assert None is cut.code
+
+
 # ------------------------------------------------------------------------- declarations
 
 EXCHANGE = ExchangeSpec("news", "topic", arguments={"alternate-exchange": "lost"})

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from postage.errors import (
     ChannelClosedError,
     ConnectionFailedError,
+    ConnectionLostError,
     ExchangeMismatchError,
     QueueMismatchError,
     TransportError,
@@ -32,6 +33,7 @@ from postage.topology import (
     queue_spec,
 )
 from postage.transport import connection as connections
+from postage.transport.conversation import declare_exchange
 from postage.transport.ledger import Ledger
 from postage.transport.subscriber import Delivery, Settlement, Subscriber, coalesced
 from tests.nodes import Node
@@ -937,6 +939,27 @@ def test_a_queue_that_was_replaced_during_an_outage_is_reported_and_waited_for(
     far_reader.wait_for(lambda: far_reader.subscriber.consuming)
     peer.send("key", b"hello", exchange="letters")
     assert [b"hello"] == far_reader.work(1)
+
+
+def test_what_cannot_be_put_back_and_costs_the_connection_is_reported_and_tried_again(
+    reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an upgrade of the broker; when that is mended, consuming goes on."""
+    reader.bind(BOX)
+    reader.consume(BOX)
+    is_mended: list[bool] = []
+    strange = ExchangeSpec("strange", "x-nobody-knows-this")
+
+    def declaring(channel: Any) -> Any:
+        yield from declare_exchange(channel, LETTERS if is_mended else strange)
+
+    reader.subscriber.topology._steps["exchange", strange] = declaring
+    reader.hub.call(lambda: reader.connection.abort(ConnectionLostError("on purpose")))
+    told = "declare exchange 'strange' (x-nobody-knows-this, durable): the broker closed the "
+    reader.wait_for(lambda: sum(told in each for each in caplog.messages) >= 2)
+    assert not reader.subscriber.consuming
+    is_mended.append(True)
+    reader.wait_for(lambda: reader.subscriber.consuming)
 
 
 @pytest.mark.parametrize("spec", [BOX, QUORUM], ids=["classic", "quorum"])
