@@ -516,25 +516,13 @@ class Subscriber:
         self._failures += 1
         self.incident = incident(error)
         code = error.code if isinstance(error, ChannelClosedError) else None
-        if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
-            patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
-            now = time.monotonic()
-            self._refused_since = self._refused_since or now
-            if now - self._refused_since > patience:
-                self._fail(
-                    ChannelClosedError(
-                        code,
-                        getattr(error, "text", ""),
-                        f"consume for {patience:g} s",
-                        "Two processes claim this queue, or the user may not read it",
-                    )
-                )
+        if isinstance(error, ChannelClosedError) and code in (ACCESS_REFUSED, RESOURCE_LOCKED):
+            if not self._is_patient(self._explained(error)):
                 return
         elif code == PRECONDITION_FAILED:
             logger.error("%s", error)
         else:
             logger.warning("%s; consuming anew", error)
-
         self._pause(amqp)
 
     def _pause(self, amqp: pika.SelectConnection) -> None:
@@ -545,6 +533,39 @@ class Subscriber:
                 self.topology.replay(partial(self._restored, amqp))
 
         self.hub.call_later(backoff(self._failures, 1.0) / 2, again)
+
+    def _is_patient(self, refusal: ChannelClosedError) -> bool:
+        """Tell whether a refusal may pass: who holds the queue may be our former connection."""
+        patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+            logger.warning("%s; trying again for %g s", refusal, patience)
+        if now - self._refused_since <= patience:
+            return True
+        attempt = f"{refusal.attempt}, tried for {patience:g} s"
+        self._fail(ChannelClosedError(refusal.code, refusal.text, attempt, refusal.advice))
+        return False
+
+    def _explained(self, refusal: ChannelClosedError) -> ChannelClosedError:
+        """Say which queue it is about, and what to do.
+
+        A closed channel does not tell which of the requests on it was refused; the words of
+        RabbitMQ do.
+        """
+        if refusal.attempt:
+            return refusal
+        names = [each.name for each in self._consumers.values()]
+        name = next((each for each in names if f"queue '{each}'" in refusal.text), None)
+        return ChannelClosedError(
+            refusal.code,
+            refusal.text,
+            "consume" if name is None else f"consume queue {name!r}",
+            "The user may not read it: check its permissions"
+            if "refused for user" in refusal.text
+            else "Two processes claim this queue, or the broker has not noticed the end of the "
+            "former run yet: see rabbitmqctl list_consumers",
+        )
 
     def _fail(self, error: TransportError) -> None:
         logger.error("consuming ends: %s", error)

@@ -1094,9 +1094,12 @@ def test_a_setting_that_makes_no_sense_does_not_end_the_consumer(
 
 
 def test_an_exclusive_consumer_takes_over_when_its_holder_goes(
-    settings: Settings, peer: Peer
+    settings: Settings, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Until then it tries again; a restarted program meets its own former connection so."""
+    """Until then it tries again, and says so once.
+
+    A restarted program meets its own former connection so.
+    """
     with Reader(replace(settings, heartbeat=59)) as heir:
         with Reader(settings) as holder:
             holder.bind(UID)
@@ -1107,8 +1110,36 @@ def test_an_exclusive_consumer_takes_over_when_its_holder_goes(
             assert not heir.subscriber.consuming
             assert None is heir.subscriber.failure
         heir.wait_for(lambda: heir.subscriber.consuming)
+        [warning] = [each for each in caplog.messages if "trying again for 236 s" in each]
+        assert warning.startswith("consume queue 'uid': the broker answered 403 ")
+        assert "Two processes claim this queue, or" in warning
         peer.send("uid", b"hello")
         assert [b"hello"] == heir.work(1)
+
+
+def test_a_user_who_may_not_read_is_told_so_at_once(
+    rabbitmq_node: RabbitNode, broker_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log names the queue and the permission; somebody may give it."""
+    vhost = broker_url.rsplit("/", 1)[1]
+    node, settings = rabbitmq_node, Settings.from_environment()
+    node.add_user("writer", "pass", vhost)
+    try:
+        with (
+            Reader(replace(settings, user="writer", password="pass")) as reader,
+            Reader(settings) as other,
+        ):
+            other.bind(BOX)
+            node.ctl("set_permissions", "-p", vhost, "writer", ".*", ".*", "^$")
+            reader.bind(BOX)
+            reader.subscriber.consume(BOX)
+            reader.wait_for(lambda: reader.subscriber._failures > 1)
+            [warning] = [each for each in caplog.messages if each.startswith("consume queue 'box'")]
+            assert "The user may not read it: check its permissions; trying again for" in warning
+            node.ctl("set_permissions", "-p", vhost, "writer", ".*", ".*", ".*")
+            reader.wait_for(lambda: reader.subscriber.consuming)
+    finally:
+        node.delete_user("writer")
 
 
 @pytest.mark.slow
@@ -1122,7 +1153,8 @@ def test_two_programs_that_claim_one_queue_are_told_so(settings: Settings) -> No
         heir.wait_for(lambda: heir.subscriber.failure)
         assert isinstance(heir.subscriber.failure, ChannelClosedError)
         assert 403 == heir.subscriber.failure.code
-        assert "consume for 4 s" in str(heir.subscriber.failure)
+        told = "consume queue 'uid', tried for 4 s: the broker answered 403 ACCESS_REFUSED"
+        assert told in str(heir.subscriber.failure)
         assert "Two processes claim this queue" in str(heir.subscriber.failure)
 
 
