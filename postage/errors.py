@@ -22,6 +22,7 @@ Errors say that something went wrong and share one root::
         └── PublishError            a message was not, or perhaps not, delivered
             ├── UnroutableError     no queue is bound to the key
             ├── NackedError         the broker refused to store it
+            ├── PublishRefusedError the broker refused to take it (also a ChannelClosedError)
             ├── BrokerBlockedError  held back by an alarm, certainly not sent
             ├── PublishTimeoutError still waiting for a connection, certainly not sent
             ├── PublishUnknownError sent, and the confirm never came
@@ -206,6 +207,13 @@ class UnroutableError(PublishError):
 
 class NackedError(PublishError):
     """Raised when the broker refused to store a message, for instance in a full queue."""
+
+
+class PublishRefusedError(ChannelClosedError, PublishError):
+    """Raised when the broker refused to take a message, and closed the channel over it.
+
+    As from a user who may not write (403), or a message that is too large (406).
+    """
 
 
 class BrokerBlockedError(PublishError):

@@ -82,6 +82,15 @@ def test_a_closed_channel_says_what_was_attempted_and_what_to_do() -> None:
     assert "the broker answered 404 NOT_FOUND" == str(errors.ChannelClosedError(404, "NOT_FOUND"))
 
 
+def test_a_refused_message_is_an_error_of_publishing() -> None:
+    """`except PublishError` catches it, and so does what looks for the code."""
+    error = errors.PublishRefusedError(403, "ACCESS_REFUSED", "publish")
+
+    assert isinstance(error, errors.PublishError)
+    assert isinstance(error, errors.ChannelClosedError)
+    assert (403, "publish: the broker answered 403 ACCESS_REFUSED") == (error.code, str(error))
+
+
 def test_an_unroutable_message_lists_the_pairs_without_a_queue() -> None:
     """UnroutableError names the failed pairs, and counts those that were delivered."""
     failed = [("a", "k1"), ("b", "k2")]

@@ -34,6 +34,7 @@ import pika
 from pika.channel import Channel
 
 from postage.errors import (
+    ACCESS_REFUSED,
     NOT_FOUND,
     BrokerBlockedError,
     ChannelClosedError,
@@ -43,6 +44,7 @@ from postage.errors import (
     EncodingError,
     NackedError,
     PostageError,
+    PublishRefusedError,
     PublishTimeoutError,
     PublishUnknownError,
     TransportError,
@@ -330,7 +332,10 @@ class Publisher:
             [publishing] = self._written.values()
             name, key = publishing.pair
             attempt = f"publish to exchange {name!r} key {key!r}"
-            refusal = ChannelClosedError(error.code, error.text, attempt)
+            advice = "To publish needs the permission to write to the exchange"
+            refusal = PublishRefusedError(
+                error.code, error.text, attempt, advice if error.code == ACCESS_REFUSED else ""
+            )
             # A copy that went with the channel before was refused then, too.
             self._settle(publishing, Fate.NACKED, refusal, is_certain=not publishing.lost)
             return True

@@ -26,6 +26,7 @@ from postage.errors import (
     EncodingError,
     ExchangeMismatchError,
     NackedError,
+    PublishRefusedError,
     PublishTimeoutError,
     PublishUnknownError,
     UnroutableError,
@@ -603,7 +604,7 @@ def test_a_message_that_the_broker_refuses_to_read_fails_alone(sender: Sender, p
     letters.insert(10, sender.make("box", b"odd", expiration="soon"))
     fates = sender.send(*letters)
     assert [Fate.CONFIRMED] * 10 + [Fate.NACKED] + [Fate.CONFIRMED] * 10 == fates
-    assert isinstance(letters[10].error, ChannelClosedError)
+    assert isinstance(letters[10].error, PublishRefusedError)
     assert 406 == letters[10].error.code
     assert "publish to exchange '' key 'box'" in str(letters[10].error)
     bodies = peer.bodies("box")
@@ -620,8 +621,9 @@ def test_a_user_who_may_not_write_is_told_so(rabbitmq_node: RabbitNode, settings
             letters = [sender.make("box", exchange=LETTERS) for _ in range(3)]
             assert [Fate.NACKED] * 3 == sender.send(*letters)
             for letter in letters:
-                assert isinstance(letter.error, ChannelClosedError)
+                assert isinstance(letter.error, PublishRefusedError)
                 assert 403 == letter.error.code
+                assert "needs the permission to write" in letter.error.advice
     finally:
         rabbitmq_node.ctl("delete_user", "reader")
 
