@@ -112,7 +112,7 @@ class ConnectionLostError(TransportError):
     """
 
     def __init__(self, reason: str = "", code: int | None = None, attempt: str = "") -> None:
-        super().__init__(reason, code, attempt)
+        super().__init__(reason)
         self.reason = reason
         self.code = code
         self.attempt = attempt
@@ -158,7 +158,8 @@ class ChannelClosedError(TransportError):
     def __str__(self) -> str:
         head = f"{self.attempt}: " if self.attempt else ""
         tail = f". {self.advice}" if self.advice else ""
-        return f"{head}the broker answered {self.code} {self.text}{tail}"
+        text = self.text.removesuffix(".") if tail else self.text
+        return f"{head}the broker answered {self.code} {text}{tail}"
 
 
 class MismatchError(ChannelClosedError):
@@ -197,12 +198,17 @@ class UnroutableError(PublishError):
     @property
     def fact(self) -> str:
         """What happened, without what to do about it."""
-        pairs = ", ".join(f"exchange {name!r} key {key!r}" for name, key in self.failed)
+        # The default exchange: every queue is bound to it by its name, and nothing else is.
+        absent = ", ".join(repr(key) for name, key in self.failed if not name)
+        pairs = ", ".join(f"exchange {name!r} key {key!r}" for name, key in self.failed if name)
+        facts = [f"there is no queue {absent}"] if absent else []
+        facts += [f"no queue is bound to {pairs}"] if pairs else []
         others = f"; delivered to {len(self.delivered)} other pair(s) of the same call"
-        return f"no queue is bound to {pairs}" + (others if self.delivered else "")
+        return " and ".join(facts) + (others if self.delivered else "")
 
     def __str__(self) -> str:
-        return f"{self.fact}. Start the component that binds it, or send with _mandatory=False"
+        verb = "binds" if any(name for name, _ in self.failed) else "declares"
+        return f"{self.fact}. Start the component that {verb} it, or send with _mandatory=False"
 
 
 class NackedError(PublishError):

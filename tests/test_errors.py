@@ -105,6 +105,22 @@ def test_an_unroutable_message_lists_the_pairs_without_a_queue() -> None:
     assert "delivered" not in str(errors.UnroutableError(failed))
 
 
+def test_an_unroutable_message_to_the_default_exchange_names_the_missing_queue() -> None:
+    """There, a key is the name of a queue, and nobody binds anything."""
+    text = str(errors.UnroutableError([("", "q")]))
+    assert text.startswith("there is no queue 'q'. Start the component that declares it, or")
+
+    fact = errors.UnroutableError([("", "q"), ("", "r"), ("a", "k")]).fact
+    assert "there is no queue 'q', 'r' and no queue is bound to exchange 'a' key 'k'" == fact
+
+
+def test_an_advice_follows_one_full_stop() -> None:
+    """Some words of RabbitMQ end with one, others do not."""
+    error = errors.ChannelClosedError(405, "of the original declaration.", "declare", "Choose")
+
+    assert "declare: the broker answered 405 of the original declaration. Choose" == str(error)
+
+
 def test_a_batch_counts_the_fates_and_tells_the_first_failure() -> None:
     """BatchError gives numbers, and one error as an example."""
     nacked, lost = errors.NackedError("full"), errors.PublishUnknownError("no confirm")

@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import pika
@@ -206,6 +206,8 @@ class Connection:
         self.losses = self.reconnects = 0
         #: The last trouble, also if it is over.
         self.incident: Incident | None = None
+        #: Why the broker blocks publishers, or did the last time, in its words.
+        self.alarm = ""
         self.amqp: pika.SelectConnection | None = None
         self.users = 0
         self._tenants: list[Tenant] = []
@@ -264,15 +266,25 @@ class Connection:
 
         question = _Question(script, done, expires)
         if not self.hub.wait(answer.ready, timeout, first=lambda: self._put(question)):
-            raise ConnectionFailedError(
-                f"{what}: {self.settings} did not answer within {timeout:g} s{self.trouble()}"
-            )
+            raise ConnectionFailedError(f"{what}: {self.overdue(f'within {timeout:g} s')}")
         return answer.result()
+
+    def overdue(self, within: str) -> str:
+        """Return what to say of an answer that did not come in time.
+
+        Args:
+            within: The time, as "within 3 s".
+        """
+        if self.is_open:
+            return f"{self.settings} did not answer {within}{self.trouble()}"
+        failures = dict(self._failures)
+        reason = _reasons(failures, self.settings) if failures else self.last_error
+        return f"no connection to {self.settings} {within}" + (f": {reason}" if reason else "")
 
     def trouble(self) -> str:
         """Return what is known to be wrong, as the end of a sentence."""
         if self.state is State.BLOCKED:
-            return "; an alarm of the broker blocks publishers"
+            return f"; an alarm of the broker blocks publishers ({self.alarm})"
         return f"; {self.last_error}" if self.last_error is not None else ""
 
     def close(self, grace: float = CLOSE_GRACE) -> bool:
@@ -479,20 +491,14 @@ class Connection:
         is_news = self.last_error is None or refusal not in (None, self._failures.get(self._host))
         self._failures[self._host] = refusal or tls.Refusal(_words(error, self.settings), False)
         is_final = _is_final(error)
-        reasons = self._failures[self._host].words if is_final else self._reasons()
+        if is_final:
+            reasons = self._failures[self._host].words
+        else:
+            reasons = _reasons(self._failures, self.settings)
         if not is_final and self._failures.keys() >= set(self.settings.hosts):
             is_final = all(failure.is_final for failure in self._failures.values())
         trouble = ConnectionFailedError(f"no connection to {self.settings}: {reasons}")
         return trouble, is_news, is_final and not self._was_ready
-
-    def _reasons(self) -> str:
-        """Return why there is no connection: for each host, if there are several."""
-        hosts: dict[str, list[str]] = {}
-        for host, failure in self._failures.items():
-            hosts.setdefault(failure.words, []).append(address_of(*host))
-        if len(self.settings.hosts) == 1:
-            return next(iter(hosts))
-        return "; ".join(f"{', '.join(names)}: {words}" for words, names in hosts.items())
 
     @property
     def _server_name(self) -> str:
@@ -509,7 +515,8 @@ class Connection:
 
     def _blocked(self, amqp: pika.SelectConnection, frame: Any) -> None:
         if amqp is self.amqp:
-            logger.warning("%s blocks publishers: %s", self.settings, frame.method.reason)
+            self.alarm = frame.method.reason
+            logger.warning("%s blocks publishers: %s", self.settings, self.alarm)
             self._move(Event.BLOCKED)
             for tenant in tuple(self._tenants):
                 tenant.blocked(True)
@@ -533,8 +540,7 @@ class Connection:
         if self.state in (State.DRAINING, State.CLOSED):
             question.done(None, ClosedError(f"{self!r} is closed"))
         elif question.expires is not None and time.monotonic() >= question.expires:
-            error = ConnectionFailedError(f"no answer from {self.settings} in time{self.trouble()}")
-            question.done(None, error)
+            question.done(None, ConnectionFailedError(self.overdue("in time")))
         elif not self.is_open or (question.is_suspect and self._on_trial is not None):
             self._questions.append(question)
             self._connect_soon()
@@ -694,7 +700,12 @@ def _words(error: BaseException, settings: Settings) -> str:
     root = _root(error)
     code, text = _answer(root)
     if code == ACCESS_REFUSED:
-        return "the broker refused the login; check user and password"
+        advice = "check user and password"
+        if settings.user == "guest":
+            advice += "; guest may log in from the broker's own host only"
+        return f"the broker refused the login ({text.removesuffix('.')}); {advice}"
+    if code == NOT_ALLOWED and "limit" in text:
+        return f"the broker refused one more connection ({text}); raise the limit, or close some"
     if code == NOT_ALLOWED:
         return (
             f"the broker refused the virtual host ({text}); check its name and the user's "
@@ -723,6 +734,16 @@ def _words(error: BaseException, settings: Settings) -> str:
             "where a broker is"
         )
     return str(root) or type(root).__name__
+
+
+def _reasons(failures: Mapping[_Host, tls.Refusal], settings: Settings) -> str:
+    """Return why there is no connection: for each host, if there are several."""
+    hosts: dict[str, list[str]] = {}
+    for host, failure in failures.items():
+        hosts.setdefault(failure.words, []).append(address_of(*host))
+    if len(settings.hosts) == 1:
+        return next(iter(hosts))
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in hosts.items())
 
 
 def _is_final(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ Everything here runs in the loop. pika's exceptions become ours here and nowhere
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -58,7 +59,28 @@ def translated(error: BaseException | None) -> TransportError:
         )
     if isinstance(error, (pika_errors.ChannelClosedByClient, pika_errors.ConnectionClosedByClient)):
         return ClosedError("closed by this program")
-    return ConnectionLostError(f"the connection was lost: {error!r}")
+    return ConnectionLostError(f"the connection was lost{_reason(error)}")
+
+
+#: What pika says when nothing came from the broker for two heartbeats.
+_SILENCE = re.compile(r"in the last (\d+) seconds")
+#: What pika makes of an error of the socket.
+_CUT = re.compile(r"Stream connection lost: \w+\((?:\d+, )?(['\"])(.*)\1\)$", re.DOTALL)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Say for people why a connection went, as the end of a sentence."""
+    if error is None:
+        return ""
+    text = str(error)
+    if isinstance(error, pika_errors.AMQPHeartbeatTimeout) and (match := _SILENCE.search(text)):
+        return f": no heartbeat from the broker for {match[1]} s"
+    if isinstance(error, pika_errors.StreamLostError):
+        if match := _CUT.match(text):
+            return f": {match[2]}"
+        if "EOF" in text:
+            return ": the other side ended it without a word"
+    return f": {type(error).__name__}: {text}"
 
 
 def _unsent(error: Exception) -> TransportError:
@@ -252,10 +274,12 @@ def _advice(error: ChannelClosedError) -> str:
         return "Leave the argument out, or ask for a value and a type of queue that go with it"
     if error.code == PRECONDITION_FAILED and "limit" in error.text:
         return "Raise the limit (rabbitmqctl set_vhost_limits), or delete queues that nobody uses"
+    if error.code == ACCESS_REFUSED and "reserved prefix" in error.text:
+        return "Names that begin with amq. are the broker's own"
     return {
         RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
         ACCESS_REFUSED: "The user may not declare it: check its permissions",
-        NOT_FOUND: "It was to be checked only (passive) and does not exist",
+        NOT_FOUND: "It is declared passive here: start who declares it first",
     }.get(error.code, "")
 
 

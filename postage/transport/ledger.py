@@ -85,7 +85,10 @@ class Ledger:
         steps["binding", binding] = lambda channel: bind_queue(
             channel, binding, self.name_of(queue)
         )
-        self._perform(steps, timeout, f"bind queue {queue.name!r} to {exchange.name!r}")
+        what = f"bind queue {queue.name!r} to {exchange.name!r}"
+        if exchange.is_default:  # there is nothing to bind
+            what = f"declare queue {queue.name!r}"
+        self._perform(steps, timeout, what)
 
     def unbind(self, binding: Binding, timeout: float | None) -> None:
         """Unbind, now and on every new connection.

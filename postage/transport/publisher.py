@@ -504,11 +504,8 @@ class Publisher:
         if self._closed:
             return ClosedError(f"{text}, the producer was closed")
         if self.connection.state is State.BLOCKED:
-            return BrokerBlockedError(f"{text}; an alarm of the broker blocks publishers")
-        missing = "answer from" if self.connection.is_open else "connection to"
-        return PublishTimeoutError(
-            f"{text}, no {missing} {self.connection.settings} in time{self.connection.trouble()}"
-        )
+            return BrokerBlockedError(text + self.connection.trouble())
+        return PublishTimeoutError(f"{text}, {self.connection.overdue('in time')}")
 
 
 def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:

@@ -513,13 +513,17 @@ class Subscriber:
 
     def _try_again(self, amqp: pika.SelectConnection, error: TransportError) -> None:
         """Consume anew after a pause; a refusal that will not pass ends the consumer."""
+        if isinstance(error, ChannelClosedError):
+            error = self._explained(error)
         self._failures += 1
         self.incident = incident(error)
-        code = error.code if isinstance(error, ChannelClosedError) else None
-        if isinstance(error, ChannelClosedError) and code in (ACCESS_REFUSED, RESOURCE_LOCKED):
-            if not self._is_patient(self._explained(error)):
+        if isinstance(error, ChannelClosedError) and error.code in (
+            ACCESS_REFUSED,
+            RESOURCE_LOCKED,
+        ):
+            if not self._is_patient(error):
                 return
-        elif code == PRECONDITION_FAILED:
+        elif isinstance(error, ChannelClosedError) and error.code == PRECONDITION_FAILED:
             logger.error("%s", error)
         else:
             logger.warning("%s; consuming anew", error)
@@ -543,7 +547,7 @@ class Subscriber:
             logger.warning("%s; trying again for %g s", refusal, patience)
         if now - self._refused_since <= patience:
             return True
-        attempt = f"{refusal.attempt}, tried for {patience:g} s"
+        attempt = f"{refusal.attempt or 'consume'}, tried for {patience:g} s"
         self._fail(ChannelClosedError(refusal.code, refusal.text, attempt, refusal.advice))
         return False
 
@@ -557,15 +561,8 @@ class Subscriber:
             return refusal
         names = [each.name for each in self._consumers.values()]
         name = next((each for each in names if f"queue '{each}'" in refusal.text), None)
-        return ChannelClosedError(
-            refusal.code,
-            refusal.text,
-            "consume" if name is None else f"consume queue {name!r}",
-            "The user may not read it: check its permissions"
-            if "refused for user" in refusal.text
-            else "Two processes claim this queue, or the broker has not noticed the end of the "
-            "former run yet: see rabbitmqctl list_consumers",
-        )
+        attempt = "" if name is None else f"consume queue {name!r}"
+        return ChannelClosedError(refusal.code, refusal.text, attempt, _advice(refusal))
 
     def _fail(self, error: TransportError) -> None:
         logger.error("consuming ends: %s", error)
@@ -722,6 +719,23 @@ class Subscriber:
             self._age_timer = None
         self._watchdog.stop()
         self.disconnected(ConnectionLostError("closed"))
+
+
+def _advice(refusal: ChannelClosedError) -> str:
+    """Return what to do when the broker closes the channel of a consumer."""
+    if "refused for user" in refusal.text:
+        return "The user may not read it: check its permissions"
+    if refusal.code in (ACCESS_REFUSED, RESOURCE_LOCKED):
+        return (
+            "Two processes claim this queue, or the broker has not noticed the end of the former "
+            "run yet: see rabbitmqctl list_consumers"
+        )
+    if "delivery acknowledgement" in refusal.text:
+        return (
+            "A handler took longer than the broker's consumer_timeout; its message is delivered "
+            "again"
+        )
+    return ""
 
 
 #: Numbers for consumer tags, which must be unique on a channel.

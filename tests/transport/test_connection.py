@@ -233,10 +233,9 @@ def test_a_wrong_password_fails_fast(settings: Settings) -> None:
     settings = replace(settings, user="someone", password="letmein")
     with using(settings) as connection, pytest.raises(ConnectionFailedError) as caught:
         connection.ask(declaring, None, "declare")
-    assert (
-        f"no connection to {settings}: the broker refused the login; check user and password"
-        == str(caught.value)
-    )
+    text = str(caught.value)
+    assert text.startswith(f"no connection to {settings}: the broker refused the login (ACCESS_")
+    assert text.endswith("); check user and password")
     assert f"//someone@127.0.0.1:{settings.hosts[0][1]}/{settings.vhost}" in str(caught.value)
     assert "letmein" not in str(caught.value)
 
@@ -382,8 +381,10 @@ def test_nobody_is_let_onto_a_broker_that_is_too_old() -> None:
 def test_a_question_that_nobody_answers_in_time_fails() -> None:
     """The deadline counts the time without a connection, and the error says what is wrong."""
     with using(at(unused_port())) as connection:
-        with pytest.raises(ConnectionFailedError, match=r"declare orders: amqp://.*within 0\.3 s"):
+        with pytest.raises(ConnectionFailedError) as caught:
             connection.ask(declaring, 0.3, "declare orders")
+        start = f"declare orders: no connection to {connection.settings} within 0.3 s: nothing "
+        assert str(caught.value).startswith(start)
         assert "nothing listens there" in connection.trouble()
 
 

@@ -272,7 +272,7 @@ def test_a_message_that_comes_back_unasked_is_logged(
 ) -> None:
     """Nobody waits for the fate of a message without confirm, but it is not lost in silence."""
     assert [Fate.WRITTEN] == sender.send(sender.make("nowhere", confirm=False))
-    sender.wait_for(lambda: "no queue is bound to exchange '' key 'nowhere'" in caplog.text)
+    sender.wait_for(lambda: "there is no queue 'nowhere'" in caplog.text)
 
 
 def test_what_was_written_without_confirm_is_not_sent_again(
@@ -395,7 +395,8 @@ def test_a_short_deadline_does_not_end_the_others_wait_for_their_exchange(
     patient = far_sender.make("box", b"patient", LETTERS)
     far_sender.start(hasty, patient)
     assert [Fate.UNSENT] == far_sender.wait([hasty])
-    assert "certainly not sent, no answer from amqp://" in str(hasty.error)
+    assert "certainly not sent, amqp://" in str(hasty.error)
+    assert "did not answer in time" in str(hasty.error)
     proxy.cut()
     proxy.release_answers()
     assert [Fate.CONFIRMED] == far_sender.wait([patient])
@@ -588,7 +589,8 @@ def test_under_an_alarm_a_message_is_held_and_then_certainly_not_sent(
             sender.start(held, patient)
             assert [Fate.UNSENT, Fate.UNKNOWN] == sender.wait([held, unaware])
             assert isinstance(held.error, BrokerBlockedError)
-            assert "certainly not sent; an alarm of the broker" in str(held.error)
+            told = "certainly not sent; an alarm of the broker blocks publishers (low on memory)"
+            assert told in str(held.error)
             assert None is patient.fate
         assert [Fate.CONFIRMED] == sender.wait([patient])
         assert [b"before", b"unaware", b"patient"] == peer.bodies("box")
