@@ -153,6 +153,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._handled = self._failed = 0
         self._incident: Incident | None = None
         self._error_queues: set[str] = set()
+        self._unable: set[str] = set()  # error queues that take nothing at the moment
         self._farewell: tuple[Delivery, Verdict] | None = None
         self._stopping = False
         self._ended = False
@@ -714,7 +715,10 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 self._error_queues.add(queue)
             yield self.consumer.publish(queue, delivery.body, properties, mandatory=True)
         except PostageError as error:
-            logger.error(
+            level = logging.DEBUG if queue in self._unable else logging.ERROR
+            self._unable.add(queue)  # once an outage: it is tried again each second
+            logger.log(
+                level,
                 "could not park a message from %r (%s) and gives it back: %s",
                 delivery.queue.name,
                 why,
@@ -724,6 +728,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             yield sleep(PARK_RETRY)
             self.consumer.reject(delivery, requeue=True)
         else:
+            self._unable.discard(queue)
             logger.error(
                 "parked a message from %r in %r: %s",
                 delivery.queue.name,
