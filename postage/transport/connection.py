@@ -277,7 +277,7 @@ class Connection:
         Args:
             within: The time, as "within 3 s".
         """
-        if self.is_open:
+        if self._is_up:
             return f"{self.settings} did not answer {within}{self.trouble()}"
         failures = dict(self._failures)
         reason = _reasons(failures, self.settings) if failures else self.last_error
