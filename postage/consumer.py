@@ -82,6 +82,7 @@ class GenericConsumer:
         ConnectionFailedError: There was no broker in time, or it refused the login.
         QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
         ChannelClosedError: The broker refuses a declaration otherwise.
+        ConnectionLostError: The broker closes the connection over a declaration.
     """
 
     encoder_class: ClassVar[type[Encoder]] = JsonEncoder

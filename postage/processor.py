@@ -195,6 +195,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._handled = self._failed = 0
         self._incident: Incident | None = None
         self._error_queues: set[str] = set()
+        self._unable: set[str] = set()  # error queues that take nothing at the moment
         self._farewell: tuple[Delivery, Verdict] | None = None
         self._stopping = False
         self._ended = False
@@ -425,8 +426,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             others = self.scheduler is not None and self.scheduler.finally_do is not None
             try:
                 self.before_close(restarting=told or others)
-            except PostageError:
-                logger.exception("%r could not tidy up", self)
+            except PostageError as error:
+                logger.warning("%r could not tidy up: %s", self, error)
         self._ended = True
         self.consumer.close()
         if self.dedupe is not None:
@@ -905,7 +906,10 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 self._error_queues.add(queue)
             yield self.consumer.publish(queue, delivery.body, properties, mandatory=True)
         except PostageError as error:
-            logger.error(
+            level = logging.DEBUG if queue in self._unable else logging.ERROR
+            self._unable.add(queue)  # once an outage: it is tried again each second
+            logger.log(
+                level,
                 "could not park a message from %r (%s) and gives it back: %s",
                 delivery.queue.name,
                 why,
@@ -916,6 +920,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             self.consumer.reject(delivery, requeue=True)
             return False
         else:
+            self._unable.discard(queue)
             logger.error(
                 "parked a message from %r in %r: %s",
                 delivery.queue.name,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -451,9 +452,15 @@ def test_a_message_is_not_lost_while_the_error_queue_cannot_be_declared(
     """It is given back until somebody has mended that, and others are handled meanwhile."""
     channel.queue_declare("plain.error", durable=True, arguments={"x-max-length": 5})
 
+    def attempts(level: int) -> int:
+        told = [each for each in caplog.records if "could not park" in each.getMessage()]
+        return sum(each.levelno == level for each in told)
+
+    caplog.set_level(logging.DEBUG, "postage.processor")
     with Running(own := Component(PLAIN_QUEUE)):
         send(channel, b"no JSON", "plain")
-        wait_until(lambda: caplog.text.count("could not park a message from 'plain'") >= 2)
+        wait_until(lambda: attempts(logging.DEBUG) >= 1)
+        assert 1 == attempts(logging.ERROR)
         send_last(channel, own, "plain")
         channel.queue_delete("plain.error")
         # Not before: RabbitMQ answers 541 to a basic.get of a queue that it is about to make.

@@ -812,7 +812,8 @@ def wait_and_send(own: Any, _parameters: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("queue", "error"), [("nowhere", "no queue is bound to"), ("full", "the broker refused it")]
+    ("queue", "error"),
+    [("nowhere", "there is no queue 'nowhere'"), ("full", "the broker refused it")],
 )
 def test_an_outbox_that_is_not_confirmed_is_a_failure_of_its_handler(
     queue: str, error: str, sender: Sender

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A message whose handler fails is handled again later, as often as its policy says, then parked."""
+"""A message whose handler fails is handled again later, or parked after so many attempts."""
 
 from __future__ import annotations
 

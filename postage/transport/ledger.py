@@ -7,12 +7,18 @@ back has to be taken back again if the broker was away.
 
 Each step runs on a probe channel (`Connection.ask()`), since a refusal closes the channel
 that it happens on. A refusal may teach something that makes the next attempt differ: that
-what exists is adopted as it is, or that what was adopted is there no more.
+what exists is adopted as it is, that what was adopted is there no more, or that a queue is
+out of reach. What teaches the same a second time is the answer.
+
+A queue is *out of reach* while the node of a cluster is down that it is on: a classic queue
+is on one node. Then it cannot be declared, bound or consumed. What concerns it is left out
+until the steps are taken again, lest it hold up the queues that other nodes have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +36,24 @@ from postage.transport.conversation import (
     unbind_queue,
 )
 
+logger = logging.getLogger(__name__)
+
 #: What to do on a channel, by kind and value.
-_Steps = dict[tuple[str, object], Callable[[Channel], Script[None]]]
+_Steps = dict[tuple[str, Any], Callable[[Channel], Script[None]]]
 
 
-class _Learned(ChannelClosedError):
+#: What a refusal taught: about what, and the code that taught it, or `OUT_OF_REACH`.
+_Lesson = tuple[ExchangeSpec | QueueSpec, int]
+OUT_OF_REACH = -1
+
+
+class _Learned(TransportError):
     """A refusal after which the same steps are tried again, and do something else."""
+
+    def __init__(self, lesson: _Lesson, refusal: ChannelClosedError) -> None:
+        super().__init__(lesson, refusal)
+        self.lesson = lesson
+        self.refusal = refusal
 
 
 class Ledger:
@@ -51,6 +69,8 @@ class Ledger:
         self._names: dict[ExchangeSpec | QueueSpec, str] = {}  # what the broker called the nameless
         self._named_on: pika.SelectConnection | None = None
         self._adopted: set[ExchangeSpec | QueueSpec] = set()
+        #: The queues that are out of reach, as far as is known, and what the broker said.
+        self.out_of_reach: Mapping[QueueSpec, str] = {}
 
     # ------------------------------------------------------------------- any thread
 
@@ -65,6 +85,7 @@ class Ledger:
             QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
             ChannelClosedError: The broker refuses it otherwise.
             ConnectionFailedError: There was no broker in time.
+            ConnectionLostError: The broker closes the connection over it.
         """
         steps: _Steps = {}
         exchange, queue = binding.exchange, binding.queue
@@ -74,7 +95,10 @@ class Ledger:
         steps["binding", binding] = lambda channel: bind_queue(
             channel, binding, self.name_of(queue)
         )
-        self._perform(steps, timeout, f"bind queue {queue.name!r} to {exchange.name!r}")
+        what = f"bind queue {queue.name!r} to {exchange.name!r}"
+        if exchange.is_default:  # there is nothing to bind
+            what = f"declare queue {queue.name!r}"
+        self._perform(steps, timeout, what)
 
     def unbind(self, binding: Binding, timeout: float | None) -> None:
         """Unbind, now and on every new connection.
@@ -94,12 +118,21 @@ class Ledger:
         return self._names.get(queue, queue.name)
 
     def _perform(self, steps: _Steps, timeout: float | None, what: str) -> None:
+        missing: dict[QueueSpec, str] = {}
+        learned: set[_Lesson] = set()
+
+        def script(channel: Channel) -> Script[None]:
+            return _in_order(channel, steps, missing)
+
         while True:
             try:
-                self._connection.ask(lambda channel: _in_order(channel, steps), timeout, what)
+                self._connection.ask(script, timeout, what)
                 break
-            except _Learned:
-                continue
+            except _Learned as news:
+                if news.lesson in learned:  # it goes in circles
+                    raise news.refusal from None
+                learned.add(news.lesson)
+        self._note({**self.out_of_reach, **missing})
         for key, step in steps.items():
             if key[0] == "binding":
                 self._steps.pop(key, None)  # to the end: the latest word on a binding counts
@@ -117,14 +150,34 @@ class Ledger:
         if not steps:
             done(None)
             return
+        missing: dict[QueueSpec, str] = {}
+        learned: set[_Lesson] = set()
+
+        def script(channel: Channel) -> Script[None]:
+            return _in_order(channel, steps, missing)
 
         def replayed(_result: Any, error: TransportError | None) -> None:
             if isinstance(error, _Learned):
-                self.replay(done)
-            else:
-                done(error)
+                if error.lesson not in learned:
+                    learned.add(error.lesson)
+                    self._connection.probe(script, replayed)
+                    return
+                error = error.refusal  # it goes in circles
+            if error is None:
+                self._note(missing)
+            done(error)
 
-        self._connection.probe(lambda channel: _in_order(channel, steps), replayed)
+        self._connection.probe(script, replayed)
+
+    def _note(self, missing: Mapping[QueueSpec, str]) -> None:
+        """Remember which queues are out of reach. Says in the log what is new about it."""
+        before, self.out_of_reach = self.out_of_reach, missing
+        for queue, reason in missing.items():
+            if queue not in before:
+                logger.warning("going on without queue %r until it is back: %s", queue.name, reason)
+        for queue in before:
+            if queue not in missing:
+                logger.info("queue %r is back", queue.name)
 
     def _declare_exchange(self, channel: Channel, spec: ExchangeSpec) -> Script[None]:
         yield from self._declare(channel, spec)
@@ -154,7 +207,7 @@ class Ledger:
             return (yield from declare_queue(channel, asked))
         except ChannelClosedError as error:
             if self._learns(spec, error):
-                raise _Learned(error.code, error.text) from error
+                raise _Learned((spec, error.code), error) from error
             raise
 
     def _learns(self, spec: ExchangeSpec | QueueSpec, error: ChannelClosedError) -> bool:
@@ -169,6 +222,19 @@ class Ledger:
         return False
 
 
-def _in_order(channel: Channel, steps: _Steps) -> Script[None]:
-    for step in steps.values():
-        yield from step(channel)
+def _in_order(channel: Channel, steps: _Steps, missing: dict[QueueSpec, str]) -> Script[None]:
+    """Take steps, but for those of queues that are out of reach, and add to these."""
+    for (kind, subject), step in steps.items():
+        queue = subject.queue if isinstance(subject, Binding) else subject
+        if queue in missing:
+            continue
+        try:
+            yield from step(channel)
+        except _Learned:
+            raise
+        except ChannelClosedError as error:
+            # A queue that does not exist would have been made.
+            if kind != "queue" or error.code != NOT_FOUND or subject.passive:
+                raise
+            missing[subject] = error.text
+            raise _Learned((subject, OUT_OF_REACH), error) from error

@@ -17,6 +17,10 @@ write) closes the channel, and the broker does not say which message it was. So 
 was on its way is sent again one by one, and the one that closes the channel while it is
 alone is NACKED.
 
+A channel that a message was NACKED on is not kept for the next one: when its first message
+to a quorum queue comes before a new leader was elected for one that died, RabbitMQ 3.10
+refuses all that follow, until the dead node is back.
+
 Everything in `Publisher` is called by the leader of the hub, except where it says so.
 """
 
@@ -34,6 +38,7 @@ import pika
 from pika.channel import Channel
 
 from postage.errors import (
+    ACCESS_REFUSED,
     NOT_FOUND,
     BrokerBlockedError,
     ChannelClosedError,
@@ -43,6 +48,7 @@ from postage.errors import (
     EncodingError,
     NackedError,
     PostageError,
+    PublishRefusedError,
     PublishTimeoutError,
     PublishUnknownError,
     TransportError,
@@ -171,6 +177,9 @@ class Listener(Protocol):
     def deafened(self) -> None:
         """The channel is gone: replies to what was published on it cannot come any more."""
 
+    def __len__(self) -> int:
+        """How many replies are waited for."""
+
 
 class Publisher:
     """The channel that a producer publishes on, and what is on its way over it.
@@ -195,6 +204,7 @@ class Publisher:
         self._held: collections.deque[Publishing] = collections.deque()
         self._written: dict[int, Publishing] = {}  # by delivery tag, oldest first
         self._alone = False  # what was written last is a suspect
+        self._refusing = False  # a message was nacked on this channel
         self._declaring = False
         self._alarm: object | None = None
         self._alarm_at = 0.0
@@ -277,7 +287,7 @@ class Publisher:
     def disconnected(self, error: TransportError) -> None:
         """Keep what has no fate: what was written is in doubt and goes first, in order."""
         self._channel = self._preparing = None
-        self._declaring = False
+        self._declaring = self._refusing = False
         written = [each for each in self._written.values() if each.fate is None]
         self._written.clear()
         for publishing in reversed(written):
@@ -346,7 +356,10 @@ class Publisher:
             [publishing] = self._written.values()
             name, key = publishing.pair
             attempt = f"publish to exchange {name!r} key {key!r}"
-            refusal = ChannelClosedError(error.code, error.text, attempt)
+            advice = "To publish needs the permission to write to the exchange"
+            refusal = PublishRefusedError(
+                error.code, error.text, attempt, advice if error.code == ACCESS_REFUSED else ""
+            )
             # A copy that went with the channel before was refused then, too.
             self._settle(publishing, Fate.NACKED, refusal, is_certain=not publishing.lost)
             return True
@@ -358,9 +371,21 @@ class Publisher:
         if self.connection.amqp is amqp and amqp.is_open and self._joined and not self._closed:
             self.connected(amqp)
 
+    def _renew(self) -> None:
+        """Go on with another channel."""
+        channel, amqp = self._channel, self.connection.amqp
+        assert channel is not None and amqp is not None
+        self.disconnected(ConnectionLostError("its channel refused a message"))
+        channel.close()
+        self._reopen(amqp)
+
     def _pump(self) -> None:
         """Write what is held, in order, until something has to be waited for."""
         while self._held and self._channel is not None and self.connection.state is State.READY:
+            if self._refusing and not self._listener:  # a reply comes to this channel alone
+                if not self._written:
+                    self._renew()
+                break
             publishing = self._held[0]
             if self._written and (self._alone or publishing.suspect):
                 break
@@ -429,6 +454,7 @@ class Publisher:
     def _confirmed(self, frame: Any) -> None:
         method = frame.method
         fate = Fate.CONFIRMED if method.NAME == "Basic.Ack" else Fate.NACKED
+        self._refusing = self._refusing or fate is Fate.NACKED
         tag = method.delivery_tag
         if not method.multiple:
             tags = [tag] if tag in self._written else []
@@ -519,11 +545,8 @@ class Publisher:
         if self._closed:
             return ClosedError(f"{text}, the producer was closed")
         if self.connection.state is State.BLOCKED:
-            return BrokerBlockedError(f"{text}; an alarm of the broker blocks publishers")
-        missing = "answer from" if self.connection.is_open else "connection to"
-        return PublishTimeoutError(
-            f"{text}, no {missing} {self.connection.settings} in time{self.connection.trouble()}"
-        )
+            return BrokerBlockedError(text + self.connection.trouble())
+        return PublishTimeoutError(f"{text}, {self.connection.overdue('in time')}")
 
 
 def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:

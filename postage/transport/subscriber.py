@@ -17,6 +17,7 @@ import collections
 import enum
 import itertools
 import logging
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -54,6 +55,8 @@ UNSTARTED_LIMIT = 300.0
 #: Heartbeats for which a queue that another connection still holds is tried again: a
 #: frozen or cut-off holder is given up by the broker after two.
 TAKEOVER_HEARTBEATS = 4
+#: Seconds until a queue that is out of reach is tried again, give or take a half.
+REACH_PAUSE = 4.0
 
 
 class Settlement(enum.Enum):
@@ -213,7 +216,9 @@ class Subscriber:
         self._collecting = False
         self._flush_timer: object | None = None
         self._age_timer: object | None = None
+        self._reach_timer: object | None = None
         self._failures = 0
+        self._is_costly = False  # putting the topology back cost the connection, the last time
         self._refused_since: float | None = None
         self._last_delivery: float | None = None  # on the monotonic clock
         #: The last trouble with consuming, also if it is over.
@@ -328,7 +333,10 @@ class Subscriber:
 
     def connected(self, amqp: pika.SelectConnection) -> None:
         """Put the topology back, then open a channel and consume."""
-        self.topology.replay(partial(self._restored, amqp))
+        if self._is_costly:  # the others shall have something of the new connection first
+            self._pause(amqp)
+        else:
+            self.topology.replay(partial(self._restored, amqp))
 
     def disconnected(self, error: TransportError) -> None:
         """Forget what belongs to the old channel. The broker delivers it again."""
@@ -357,9 +365,15 @@ class Subscriber:
         if self._closed:
             return
         if error is None:
+            self._is_costly = False
             self._open(amqp)
         elif not isinstance(error, ConnectionLostError):
             self._try_again(amqp, error)
+        elif error.is_hard:  # the connection comes back, and we with it
+            self._is_costly = True
+            self._failures += 1
+            self.incident = incident(error)
+            logger.error("%s; trying again", error)
 
     def _open(self, amqp: pika.SelectConnection) -> None:
         if self._closed or amqp is not self.connection.amqp or not amqp.is_open:
@@ -409,6 +423,13 @@ class Subscriber:
 
     def _start(self, channel: Channel, consumer: _Consumer) -> None:
         if not consumer.wanted or consumer.tag is not None:
+            return
+        if consumer.spec in self.topology.out_of_reach:
+            if self._reach_timer is None:
+                reason = self.topology.out_of_reach[consumer.spec]
+                self.incident = incident(ConnectionLostError(reason))
+                pause = REACH_PAUSE * random.uniform(0.5, 1.5)
+                self._reach_timer = self.hub.call_later(pause, self._reach)
             return
         # Slow start: what makes the process crash shall be counted alone, without the
         # messages that were only delivered ahead of it. Only where the broker counts.
@@ -506,10 +527,18 @@ class Subscriber:
         # In case that it was there after all, and for the channel, which knows it still.
         self._cancel(consumer, then=partial(self._recover, reason))
 
+    def _reach(self) -> None:
+        """Try again what was out of reach."""
+        self._reach_timer = None
+        self._restore()
+
     def _recover(self, reason: str) -> None:
         """Declare all, and consume what is not being consumed. The rest goes on undisturbed."""
         logger.warning("%s; declaring and consuming anew", reason)
         self.incident = incident(ConnectionLostError(reason))
+        self._restore()
+
+    def _restore(self) -> None:
         amqp = self.connection.amqp
         if amqp is not None and self.connection.is_open:
             self.connected(amqp)
@@ -526,33 +555,56 @@ class Subscriber:
 
     def _try_again(self, amqp: pika.SelectConnection, error: TransportError) -> None:
         """Consume anew after a pause; a refusal that will not pass ends the consumer."""
+        if isinstance(error, ChannelClosedError):
+            error = self._explained(error)
         self._failures += 1
         self.incident = incident(error)
-        code = error.code if isinstance(error, ChannelClosedError) else None
-        if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
-            patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
-            now = time.monotonic()
-            self._refused_since = self._refused_since or now
-            if now - self._refused_since > patience:
-                self._fail(
-                    ChannelClosedError(
-                        code,
-                        getattr(error, "text", ""),
-                        f"consume for {patience:g} s",
-                        "Two processes claim this queue, or the user may not read it",
-                    )
-                )
+        if isinstance(error, ChannelClosedError) and error.code in (
+            ACCESS_REFUSED,
+            RESOURCE_LOCKED,
+        ):
+            if not self._is_patient(error):
                 return
-        elif code == PRECONDITION_FAILED:
+        elif isinstance(error, ChannelClosedError) and error.code == PRECONDITION_FAILED:
             logger.error("%s", error)
         else:
             logger.warning("%s; consuming anew", error)
+        self._pause(amqp)
+
+    def _pause(self, amqp: pika.SelectConnection) -> None:
+        """Put all back and consume anew, after a while, if the connection lasts for that long."""
 
         def again() -> None:
             if self.connection.amqp is amqp and amqp.is_open and not self._closed:
-                self.connected(amqp)
+                self.topology.replay(partial(self._restored, amqp))
 
         self.hub.call_later(backoff(self._failures, 1.0) / 2, again)
+
+    def _is_patient(self, refusal: ChannelClosedError) -> bool:
+        """Tell whether a refusal may pass: who holds the queue may be our former connection."""
+        patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+            logger.warning("%s; trying again for %g s", refusal, patience)
+        if now - self._refused_since <= patience:
+            return True
+        attempt = f"{refusal.attempt or 'consume'}, tried for {patience:g} s"
+        self._fail(ChannelClosedError(refusal.code, refusal.text, attempt, refusal.advice))
+        return False
+
+    def _explained(self, refusal: ChannelClosedError) -> ChannelClosedError:
+        """Say which queue it is about, and what to do.
+
+        A closed channel does not tell which of the requests on it was refused; the words of
+        RabbitMQ do.
+        """
+        if refusal.attempt:
+            return refusal
+        names = [each.name for each in self._consumers.values()]
+        name = next((each for each in names if f"queue '{each}'" in refusal.text), None)
+        attempt = "" if name is None else f"consume queue {name!r}"
+        return ChannelClosedError(refusal.code, refusal.text, attempt, _advice(refusal))
 
     def _fail(self, error: TransportError) -> None:
         logger.error("consuming ends: %s", error)
@@ -707,8 +759,28 @@ class Subscriber:
         if self._age_timer is not None:
             self.hub.cancel(self._age_timer)
             self._age_timer = None
+        if self._reach_timer is not None:
+            self.hub.cancel(self._reach_timer)
+            self._reach_timer = None
         self._watchdog.stop()
         self.disconnected(ConnectionLostError("closed"))
+
+
+def _advice(refusal: ChannelClosedError) -> str:
+    """Return what to do when the broker closes the channel of a consumer."""
+    if "refused for user" in refusal.text:
+        return "The user may not read it: check its permissions"
+    if refusal.code in (ACCESS_REFUSED, RESOURCE_LOCKED):
+        return (
+            "Two processes claim this queue, or the broker has not noticed the end of the former "
+            "run yet: see rabbitmqctl list_consumers"
+        )
+    if "delivery acknowledgement" in refusal.text:
+        return (
+            "A handler took longer than the broker's consumer_timeout; its message is delivered "
+            "again"
+        )
+    return ""
 
 
 #: Numbers for consumer tags, which must be unique on a channel.

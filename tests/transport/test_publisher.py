@@ -26,6 +26,7 @@ from postage.errors import (
     EncodingError,
     ExchangeMismatchError,
     NackedError,
+    PublishRefusedError,
     PublishTimeoutError,
     PublishUnknownError,
     UnroutableError,
@@ -43,7 +44,7 @@ from postage.transport.publisher import (
 )
 from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
-from tests.transport.proxy import Proxy
+from tests.transport.proxy import Proxy, Way
 from tests.waiting import wait_until
 
 #: Seconds after which a fate that has to be known counts as missing.
@@ -252,6 +253,31 @@ def test_a_full_queue_refuses(sender: Sender, peer: Peer) -> None:
     assert [b"0"] == peer.bodies("box")
 
 
+#: Erlang: lets new channels believe that the leader of a quorum queue is on another node.
+MOVE_LEADER = """
+    {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),
+    {{Name, _}} = amqqueue:get_pid(Q),
+    mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, {{Name, {node}}})).
+"""
+
+
+def test_a_channel_that_refuses_everything_is_not_kept(
+    rabbitmq_node: RabbitNode, sender: Sender, settings: Settings, peer: Peer
+) -> None:
+    """What RabbitMQ 3.10 does with one that first wrote to a queue whose leader had just died."""
+    # Given
+    peer.declare("box", **{"x-queue-type": "quorum"})
+    move = partial(MOVE_LEADER.format, vhost=settings.vhost, queue="box")
+    rabbitmq_node.ctl("eval", move(node="gone@localhost"))
+    assert [Fate.NACKED] == sender.send(sender.make("box"))
+
+    # When
+    rabbitmq_node.ctl("eval", move(node="node()"))
+
+    # Then
+    assert [Fate.CONFIRMED] * 3 == sender.send(*[sender.make("box") for _ in range(3)])
+
+
 def test_a_sender_need_not_wait_for_the_confirm(
     far_sender: Sender, proxy: Proxy, peer: Peer
 ) -> None:
@@ -271,7 +297,7 @@ def test_a_message_that_comes_back_unasked_is_logged(
 ) -> None:
     """Nobody waits for the fate of a message without confirm, but it is not lost in silence."""
     assert [Fate.WRITTEN] == sender.send(sender.make("nowhere", confirm=False))
-    sender.wait_for(lambda: "no queue is bound to exchange '' key 'nowhere'" in caplog.text)
+    sender.wait_for(lambda: "there is no queue 'nowhere'" in caplog.text)
 
 
 def test_what_was_written_without_confirm_is_not_sent_again(
@@ -394,7 +420,8 @@ def test_a_short_deadline_does_not_end_the_others_wait_for_their_exchange(
     patient = far_sender.make("box", b"patient", LETTERS)
     far_sender.start(hasty, patient)
     assert [Fate.UNSENT] == far_sender.wait([hasty])
-    assert "certainly not sent, no answer from amqp://" in str(hasty.error)
+    assert "certainly not sent, amqp://" in str(hasty.error)
+    assert "did not answer in time" in str(hasty.error)
     proxy.cut()
     proxy.release_answers()
     assert [Fate.CONFIRMED] == far_sender.wait([patient])
@@ -523,6 +550,20 @@ def test_what_becomes_of_a_second_copy_does_not_tell_of_the_first(
     assert isinstance(letter.error.__cause__, expected[trouble])
 
 
+@pytest.mark.parametrize("way", Way, ids=lambda way: way.name)
+def test_a_connection_that_ended_one_way_is_replaced(
+    far_sender: Sender, proxy: Proxy, peer: Peer, way: Way
+) -> None:
+    """What was written to it, and what waits for its confirm, is sent again."""
+    peer.declare("box")
+    far_sender.send(far_sender.make("box", b"first"))
+    proxy.half_close(way)
+    assert [Fate.CONFIRMED] == far_sender.send(far_sender.make("box", b"second"))
+    assert 1 == far_sender.connection.losses
+    # In the direction that was open, the first copy may have arrived.
+    assert [b"first", b"second"] == sorted(set(peer.bodies("box")))
+
+
 def test_what_came_back_before_the_loss_is_not_sent_again(sender: Sender, peer: Peer) -> None:
     """Its confirm is missing, but its fate is known."""
     sender.send(sender.make("nowhere", mandatory=False))
@@ -587,7 +628,8 @@ def test_under_an_alarm_a_message_is_held_and_then_certainly_not_sent(
             sender.start(held, patient)
             assert [Fate.UNSENT, Fate.UNKNOWN] == sender.wait([held, unaware])
             assert isinstance(held.error, BrokerBlockedError)
-            assert "certainly not sent; an alarm of the broker" in str(held.error)
+            told = "certainly not sent; an alarm of the broker blocks publishers (low on memory)"
+            assert told in str(held.error)
             assert None is patient.fate
         assert [Fate.CONFIRMED] == sender.wait([patient])
         assert [b"before", b"unaware", b"patient"] == peer.bodies("box")
@@ -603,7 +645,7 @@ def test_a_message_that_the_broker_refuses_to_read_fails_alone(sender: Sender, p
     letters.insert(10, sender.make("box", b"odd", expiration="soon"))
     fates = sender.send(*letters)
     assert [Fate.CONFIRMED] * 10 + [Fate.NACKED] + [Fate.CONFIRMED] * 10 == fates
-    assert isinstance(letters[10].error, ChannelClosedError)
+    assert isinstance(letters[10].error, PublishRefusedError)
     assert 406 == letters[10].error.code
     assert "publish to exchange '' key 'box'" in str(letters[10].error)
     bodies = peer.bodies("box")
@@ -620,8 +662,9 @@ def test_a_user_who_may_not_write_is_told_so(rabbitmq_node: RabbitNode, settings
             letters = [sender.make("box", exchange=LETTERS) for _ in range(3)]
             assert [Fate.NACKED] * 3 == sender.send(*letters)
             for letter in letters:
-                assert isinstance(letter.error, ChannelClosedError)
+                assert isinstance(letter.error, PublishRefusedError)
                 assert 403 == letter.error.code
+                assert "needs the permission to write" in letter.error.advice
     finally:
         rabbitmq_node.ctl("delete_user", "reader")
 
