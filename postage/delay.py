@@ -53,7 +53,7 @@ _BIT = "postage-bit-"
 BIT = _BIT + "{:02}"
 TO_EXCHANGE, TO_QUEUE = "postage-exchange", "postage-queue"
 #: What is of no use in a message that is published again: see `stripped()`.
-_LEFTOVERS = frozenset({"x-death", TO_EXCHANGE, TO_QUEUE})
+_LEFTOVERS = frozenset({"x-death", "x-delivery-count", TO_EXCHANGE, TO_QUEUE})
 _LEFTOVERS_BEGIN = (_BIT, "x-first-death-", "x-last-death-")
 #: The names of the levels, of their exchanges and of their queues.
 LEVEL = "postage-delay-{:02}"
