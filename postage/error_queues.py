@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -44,18 +45,21 @@ from postage.parking import (
     republished_properties,
 )
 from postage.portable import line_of, message_of
-from postage.sending import Composed, Report, Sending
+from postage.sending import Report
 from postage.settings import settings_for
 from postage.topology import DefaultExchange, error_queue
 from postage.transport import connection as connections
 from postage.transport.browser import Browsed, Browser
 from postage.transport.conversation import Script, attempting, declare_queue
-from postage.transport.publisher import Publisher, encoded_size
+from postage.transport.publisher import Publisher, Publishing, encoded_size
 
 #: Where a message goes, and as what.
 _Letter = tuple[str, pika.BasicProperties, bytes]
 #: Takes a parked message; None: it stays.
 _Plan = Callable[[Parked], "_Letter | None"]
+
+#: Seconds that the broker has to answer, and to confirm a message.
+TIMEOUT = 30.0
 
 #: What is wrong with one message, so that the next one may fare better.
 _REFUSALS = (
@@ -107,7 +111,7 @@ class ErrorQueue:
         vhost: The virtual host; None: from the environment.
     """
 
-    timeout: float = 30.0
+    timeout: float = TIMEOUT
 
     _closed = True  # for __del__ after a failed __init__
 
@@ -474,47 +478,60 @@ class ErrorQueue:
             PublishError: It did not arrive, or perhaps not.
         """
         _check_size(properties)
-        if self._publisher is None:
+        publisher = self._publisher
+        if publisher is None:
             # Another connection than that for consuming: an alarm of the broker stops it.
-            self._publisher = Publisher(connections.acquire(self._settings, "publish"))
-        hub = self._publisher.hub
-        future: Future[None] = Future(hub.wait, hub.nudge)
+            publisher = Publisher(connections.acquire(self._settings, "publish"))
+            self._publisher = publisher
+        hub = publisher.hub
+        done: Future[None] = Future(hub.wait, hub.nudge)
 
-        def finished(error: PostageError | None) -> None:
-            if error is None:
-                future.set(None)
+        def settled(publishing: Publishing) -> None:
+            if publishing.error is None:
+                done.set(None)
             else:
-                future.fail(error)
+                done.fail(publishing.error)
 
-        composed = Composed(
+        publishing = Publishing(
+            DefaultExchange.spec(),
+            queue,
             body,
             properties,
-            [(DefaultExchange.spec(), queue)],
             mandatory=True,
             confirm=True,
-            timeout=self.timeout,
+            deadline=time.monotonic() + self.timeout,
+            settled=settled,
+            repeatable=False,  # in doubt it stays where it is, and somebody may look
         )
-        sending = Sending(composed, finished)
-        hub.wait(future.ready, first=partial(self._publisher.send, sending.publishings))
-        future.result()
+        hub.wait(done.ready, first=lambda: publisher.send([publishing]))
+        done.result()
 
 
-def known_error_queues(hup: Mapping[str, Any] | None = None, vhost: str | None = None) -> list[str]:
+def known_error_queues(
+    hup: Mapping[str, Any] | None = None, vhost: str | None = None, *, timeout: float = TIMEOUT
+) -> list[str]:
     """Return the names of the error queues that components announced, sorted.
 
     What was announced more than once is kept once.
+
+    Args:
+        hup: As for `ErrorQueue`.
+        vhost: As for `ErrorQueue`.
+        timeout: Seconds for the broker to answer.
 
     Raises:
         TransportError: The broker cannot be reached.
     """
     latest: dict[bytes, Browsed] = {}
     try:
-        with ErrorQueue(LEDGER_NAME, hup, vhost) as ledger, ledger._browse() as browser:
-            for browsed in browser:
-                former = latest.get(browsed.body)
-                latest[browsed.body] = browsed
-                if former is not None:
-                    browser.ack(former)
+        with ErrorQueue(LEDGER_NAME, hup, vhost) as ledger:
+            ledger.timeout = timeout
+            with ledger._browse() as browser:
+                for browsed in browser:
+                    former = latest.get(browsed.body)
+                    latest[browsed.body] = browsed
+                    if former is not None:
+                        browser.ack(former)
     except ChannelClosedError as error:
         if error.code != NOT_FOUND:
             raise

@@ -126,8 +126,8 @@ def _properties_of(data: dict[str, Any]) -> dict[str, Any]:
 def _to_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return {"bytes": base64.b64encode(value).decode()}
-    if isinstance(value, datetime):  # pika's are in UTC, and do not say so
-        return {"timestamp": value.replace(tzinfo=timezone.utc).isoformat()}
+    if isinstance(value, datetime):
+        return {"timestamp": _in_utc(value).isoformat()}
     if isinstance(value, decimal.Decimal):
         return {"decimal": str(value)}
     if isinstance(value, dict):
@@ -190,13 +190,13 @@ def _bytes_from_json(text: Any) -> bytes:
         raise DecodeError("it has bytes that are no base64") from None
 
 
-def _timestamp_from_json(text: str) -> datetime:
-    stamp = datetime.fromisoformat(text)
-    return stamp.astimezone(timezone.utc).replace(tzinfo=None) if stamp.tzinfo else stamp
+def _in_utc(stamp: datetime) -> datetime:
+    # pika's are in UTC, and those of its older versions do not say so.
+    return stamp.astimezone(timezone.utc) if stamp.tzinfo else stamp.replace(tzinfo=timezone.utc)
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "bytes": _bytes_from_json,
-    "timestamp": _timestamp_from_json,
+    "timestamp": lambda text: _in_utc(datetime.fromisoformat(text)),
     "decimal": decimal.Decimal,
 }

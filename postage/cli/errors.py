@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, action: Callable[[argparse.Namespace], int], help: str) -> Any:
         added = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         added.set_defaults(action=action)
+        added.add_argument(
+            "--timeout",
+            type=_seconds,
+            default=30.0,
+            metavar="SECONDS",
+            help="how long the broker may take to answer (default: 30)",
+        )
         return added
 
     listing = add("list", _list, "count the messages, by the queue and the exception")
@@ -119,11 +126,11 @@ def _list(options: argparse.Namespace) -> int:
     from postage.error_queues import known_error_queues
     from postage.errors import NOT_FOUND, ChannelClosedError
 
-    names = options.queues or known_error_queues()
+    names = options.queues or known_error_queues(timeout=options.timeout)
     found: list[dict[str, Any]] = []
     for name in names:
         try:
-            with _opened(name) as queue:
+            with _opened(options, name) as queue:
                 groups = [group.as_dict() for group in queue.summary()]
         except ChannelClosedError as error:
             if error.code != NOT_FOUND or options.queues:
@@ -154,7 +161,7 @@ def _row(group: dict[str, Any]) -> str:
 
 def _show(options: argparse.Namespace) -> int:
     shown: set[str] = set()
-    with _opened(options.queue, prints=True) as queue:
+    with _opened(options, options.queue, prints=True) as queue:
         for parked in queue:
             if options.ids is None or parked.id in options.ids:
                 print(_json_of(parked) if options.json else _page_of(parked, first=not shown))
@@ -211,7 +218,7 @@ def _pretty(body: bytes) -> str:
 
 
 def _retry(options: argparse.Namespace) -> int:
-    with _opened(options.queue) as queue:
+    with _opened(options, options.queue) as queue:
         _ask_if_all(options, queue, "Send", "back" if options.to is None else f"to {options.to}")
         number = queue.retry(options.ids, options.exception, options.to)
     print(f"{_messages(number)} went {'back' if options.to is None else f'to {options.to}'}")
@@ -219,7 +226,7 @@ def _retry(options: argparse.Namespace) -> int:
 
 
 def _move(options: argparse.Namespace) -> int:
-    with _opened(options.queue) as queue:
+    with _opened(options, options.queue) as queue:
         _ask_if_all(options, queue, "Move", f"to {options.target}")
         number = queue.move(options.target, options.ids, options.exception)
     print(f"{_messages(number)} moved to {options.target}")
@@ -227,7 +234,7 @@ def _move(options: argparse.Namespace) -> int:
 
 
 def _edit(options: argparse.Namespace) -> int:
-    with _opened(options.queue) as queue:
+    with _opened(options, options.queue) as queue:
         parked = queue.get(options.id)
         if parked.queue is None and options.to is None:
             raise CommandError("nothing says which queue it came from: name one with --to", 2)
@@ -270,16 +277,17 @@ def _edited(text: str) -> Iterator[bytes]:
         raise CommandError(f"nothing was changed: {why}")
     try:
         json.loads(edited)
-        yield edited.strip()
     except (ValueError, RecursionError) as error:
         raise CommandError(f"nothing was changed: {name} is no JSON: {error}") from None
+    try:
+        yield edited.strip()
     except PostageError as error:
         raise CommandError(f"{error}; what was edited is in {name}") from None
     path.unlink()
 
 
 def _export(options: argparse.Namespace) -> int:
-    with _opened(options.queue, prints=options.file == "-") as queue:
+    with _opened(options, options.queue, prints=options.file == "-") as queue:
         if options.file == "-":
             queue.export(sys.stdout, options.ids)
             return 0
@@ -312,7 +320,7 @@ def _import(options: argparse.Namespace) -> int:
                 lines = stack.enter_context(open(options.file, encoding="utf-8"))
             except OSError as error:
                 raise CommandError(f"{options.file}: {error.strerror}") from None
-        queue = stack.enter_context(_opened(options.queue))
+        queue = stack.enter_context(_opened(options, options.queue))
         try:
             number = queue.import_(lines)
         except UnicodeDecodeError as error:
@@ -324,7 +332,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _purge(options: argparse.Namespace) -> int:
-    with _opened(options.queue) as queue:
+    with _opened(options, options.queue) as queue:
         if not options.yes:
             _ask(f"Throw away {_messages(queue.count())} of {options.queue}, for good?")
         number = queue.purge()
@@ -359,11 +367,14 @@ def _ask(question: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(name: str, prints: bool = False) -> Iterator[ErrorQueue]:
+def _opened(
+    options: argparse.Namespace, name: str, prints: bool = False
+) -> Iterator[ErrorQueue]:
     """Open an error queue whose progress is shown, if somebody looks and sees nothing else."""
     from postage.error_queues import ErrorQueue
 
     with ErrorQueue(name) as queue:
+        queue.timeout = options.timeout
         if prints or not sys.stderr.isatty():
             yield queue
             return
@@ -383,6 +394,13 @@ def _opened(name: str, prints: bool = False) -> Iterator[ErrorQueue]:
         finally:
             if shown:
                 print(f"\r{' ' * len(shown)}\r", end="", file=sys.stderr, flush=True)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError("it must be a number of seconds, more than 0")
+    return seconds
 
 
 def _messages(number: int) -> str:
