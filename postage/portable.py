@@ -67,16 +67,18 @@ def message_of(line: str) -> tuple[pika.BasicProperties, bytes]:
     """
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DecodeError(f"it is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise DecodeError("it is no JSON object")
     unknown = sorted(data.keys() - {"body", "body_base64", "properties", "headers"})
     if unknown:
         raise DecodeError(f"it has the unknown key {unknown[0]!r}")
-    properties = pika.BasicProperties(
-        headers=_table_from_json(data.get("headers", {}), "headers"), **_properties_of(data)
-    )
+    try:
+        headers = _table_from_json(data.get("headers", {}), "headers")
+    except RecursionError:
+        raise DecodeError("its headers are nested too deeply") from None
+    properties = pika.BasicProperties(headers=headers, **_properties_of(data))
     body = _body_of(data)
     try:
         size = encoded_size(properties)
