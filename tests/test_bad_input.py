@@ -111,10 +111,10 @@ def send_last(channel: BlockingChannel, processor: Any, queue: str = "q") -> Non
 
 
 def assert_readable(headers: dict[str, Any]) -> None:
-    """Our own headers are texts, which a person can read."""
+    """Our own headers are texts and numbers, which a person can read."""
     own = {name: value for name, value in headers.items() if name.startswith("postage-")}
 
-    assert {} == {name: value for name, value in own.items() if not isinstance(value, str)}
+    assert {} == {name: value for name, value in own.items() if not isinstance(value, (str, int))}
     assert {
         "postage-reason",
         "postage-queue",
