@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import contextvars
 
+from postage.headers import CONVERSATION
 from postage.transport.subscriber import Delivery
-
-#: Header: the id of the message whose handler sent this one.
-CAUSATION = "postage-causation-id"
-#: Header: the id of the conversation, in an RPC request, whose own correlation id is the call's.
-CONVERSATION = "postage-correlation-id"
 
 _delivery: contextvars.ContextVar[Delivery | None] = contextvars.ContextVar(
     "delivery", default=None

@@ -201,6 +201,7 @@ class Delayed:
 
     goal: ExchangeSpec | str
     level: int
+    is_bound: bool = False  # somebody else sees to it: see `Goal`
 
     @property
     def lasts_seconds(self) -> float:
@@ -220,17 +221,39 @@ class Delayed:
 
     def parts(self) -> Iterator[Declarable]:
         """Yield what has to be there, in the order in which it is declared."""
-        unroutable = _queue(UNROUTABLE.name)
-        yield from (UNROUTABLE, unroutable, Link(UNROUTABLE.name, unroutable.name), GOAL)
+        yield from _end()
         for level in range(self.level + 1):
             yield from _level(level)
         if isinstance(self.goal, str):
-            yield Link(GOAL.name, self.goal, TO_QUEUE, self.goal, lasts_seconds=RENEWAL)
+            if not self.is_bound:
+                yield _link_to(self.goal)
             return
         last = _last_queue()
         yield from (LAST, last, Link(GOAL.name, last.name, TO_EXCHANGE), self.goal)
         name = self.goal.name
         yield Link(LAST.name, name, TO_EXCHANGE, name, True, RENEWAL)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A queue at the end of the cascade, to be bound by the connection that it is exclusive to."""
+
+    queue: str
+    lasts_seconds: float = RENEWAL
+
+    def parts(self) -> Iterator[Declarable]:
+        """Yield what has to be there, in the order in which it is declared."""
+        yield from _end()
+        yield _link_to(self.queue)
+
+
+def _end() -> Iterator[Declarable]:
+    unroutable = _queue(UNROUTABLE.name)
+    yield from (UNROUTABLE, unroutable, Link(UNROUTABLE.name, unroutable.name), GOAL)
+
+
+def _link_to(queue: str) -> Link:
+    return Link(GOAL.name, queue, TO_QUEUE, queue, lasts_seconds=RENEWAL)
 
 
 def _level(level: int) -> Iterator[Declarable]:
@@ -290,9 +313,9 @@ class Wait:
         """Return the seconds that are left."""
         return seconds_of(self.delay, self.at, datetime.now(timezone.utc))
 
-    def begin(self, mandatory: bool) -> Due:
+    def begin(self, mandatory: bool, is_bound: bool = False) -> Due:
         """Return when a message is due that is sent now."""
-        return Due(time.monotonic() + self.seconds(), mandatory)
+        return Due(time.monotonic() + self.seconds(), mandatory, is_bound)
 
 
 @dataclass(frozen=True)
@@ -305,6 +328,7 @@ class Due:
 
     time: float
     mandatory: bool
+    is_bound: bool = False
 
     def __call__(self, publishing: Publishing) -> None:
         """Lead a publishing into the cascade, or straight to its exchange if it is due."""
@@ -315,7 +339,8 @@ class Due:
         publishing.mandatory = self.mandatory
         if steps:
             exchange = publishing.exchange
-            delayed = Delayed(publishing.key if exchange.is_default else exchange, _level_of(steps))
+            goal = publishing.key if exchange.is_default else exchange
+            delayed = Delayed(goal, _level_of(steps), self.is_bound)
             properties.headers |= delayed.headers(steps)
             properties.expiration = None  # it would leave the first queue then
             publishing.preparation, publishing.via = delayed, delayed.exchange

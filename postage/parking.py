@@ -22,6 +22,7 @@ from typing import Any
 import pika
 
 from postage.errors import printable
+from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER
 from postage.settings import queue_type_from_environment
 from postage.topology import QueueSpec
 from postage.transport.publisher import encoded_size
@@ -46,11 +47,8 @@ TEXT_LIMIT = 1_024
 FRAME_LIMIT = 131_000
 LEFT_OUT = "postage-left-out"
 
-#: The handler that failed, where others of the same message did not: only it runs again.
-HANDLER = "postage-handler"
-#: The attempt that a delivery is (`postage.retry`); on a parked message it is `ATTEMPTS`.
-ATTEMPT, ATTEMPTS = "postage-attempt", "postage-attempts"
-FIRST_FAILURE = "postage-first-failure"
+#: How many attempts there were. (While there are more to come, the header is `ATTEMPT`.)
+ATTEMPTS = "postage-attempts"
 #: What a message says only while it is parked, or on its way through a delay.
 RECORD = frozenset(
     {
@@ -124,13 +122,13 @@ def parked_properties(
     headers = clean_headers(delivery.properties.headers)
     headers.pop(HANDLER, None)
     # no expiration: what is parked stays until somebody looks at it
-    properties = _sendable(delivery.properties, expiration=None)
+    properties = sendable(delivery.properties, expiration=None)
     return _with_record(properties, headers, own)
 
 
 def original_properties(properties: pika.BasicProperties) -> pika.BasicProperties:
     """Return the properties with which a parked message goes back to the queue it came from."""
-    back = _sendable(properties)
+    back = sendable(properties)
     back.headers = clean_headers(properties.headers)
     return back
 
@@ -147,7 +145,7 @@ def republished_properties(properties: pika.BasicProperties) -> pika.BasicProper
         if getattr(parked, field) is not None
     }
     headers = clean_headers(properties.headers)
-    return _with_record(_sendable(properties), headers, own)
+    return _with_record(sendable(properties), headers, own)
 
 
 def announcement(error_queue: str) -> tuple[bytes, pika.BasicProperties]:
@@ -282,7 +280,7 @@ def clean_headers(headers: Mapping[Any, Any] | None) -> dict[Any, Any]:
     return cleaned
 
 
-def _sendable(properties: pika.BasicProperties, **changes: Any) -> pika.BasicProperties:
+def sendable(properties: pika.BasicProperties, **changes: Any) -> pika.BasicProperties:
     """Return a copy that may be published by anybody, and outlives the broker."""
     sendable = copy.copy(properties)
     # RabbitMQ takes a message only from the user that it names (406).

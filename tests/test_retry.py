@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from postage.breaker import CircuitBreaker
 from postage.errors import ConfigurationError, PermanentError, Retry
-from postage.retry import (
-    ATTEMPT,
-    FIRST_FAILURE,
-    HANDLER,
-    RetryPolicy,
-    attempt_of,
-    retried,
-)
+from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER, attempt_of
+from postage.retry import RetryPolicy, retried
 
 MIDDLE = 0.5  # of the jitter: none
 

@@ -37,8 +37,8 @@ from postage.errors import (
     ConnectionLostError,
     TransportError,
 )
+from postage.headers import attempt_of
 from postage.health import ConsumerHealth, Incident, incident, latest
-from postage.retry import attempt_of
 from postage.topology import QueueSpec
 from postage.transport.connection import Connection, State, backoff
 from postage.transport.conversation import Script, attempting, converse, translated
