@@ -114,27 +114,27 @@ class GenericProducer:
 
     All of them take, beside the arguments of the message:
 
-    =================  ==============================================================
-    ``_key``           another routing key, to the first exchange of `eks`
-    ``_eks``           other pairs; wins over ``_key``
-    ``_queue``         one queue, by its name, instead
-    ``_timeout``       seconds: until the confirm, or for each attempt of an RPC call
-    ``_future``        True: return at once, with a future
-    ``_headers``       a dict of AMQP headers
-    ``_message_id``    an id of your own
+    ===================  ===============================================================
+    ``_key``             another routing key, to the first exchange of `eks`
+    ``_eks``             other pairs; wins over ``_key``
+    ``_queue``           one queue, by its name, instead
+    ``_timeout``         seconds: until the confirm, or for each attempt of an RPC call
+    ``_future``          True: return at once, with a future
+    ``_headers``         a dict of AMQP headers
+    ``_message_id``      an id of your own
     ``_correlation_id``  an id that belongs to something else; not for RPC
-    ``_priority``      0 to 255, for queues that know priorities
-    ``_delay``         seconds or a timedelta that it waits in the broker; not for RPC
-    ``_at``            a datetime with a time zone until which it waits there; not for RPC
-    ``_ttl``           seconds or a timedelta after which it is given up; not for RPC, and
-                       not with ``_delay`` or ``_at``
-    ``_mandatory``     for this message only, instead of the attribute `mandatory`
-    ``_persistent``    the same for `persistent`
-    ``_confirm``       the same for `confirm`; not for RPC, which waits for more
-    ``_outbox``        the same for `outbox`; not for RPC, which never waits there
-    ``_max_retry``     RPC: how often an unanswered request is sent again
-    ``_queue_only``    RPC: as ``rpc_queue_x``
-    =================  ==============================================================
+    ``_priority``        0 to 255, for queues that know priorities
+    ``_delay``           seconds or a timedelta that it waits in the broker; not for RPC
+    ``_at``              a datetime with a time zone until which it waits there; not for RPC
+    ``_ttl``             seconds or a timedelta after which it is given up; not for RPC, and
+                         not with ``_delay`` or ``_at``
+    ``_mandatory``       for this message only, instead of the attribute `mandatory`
+    ``_persistent``      the same for `persistent`
+    ``_confirm``         the same for `confirm`; not for RPC, which waits for more
+    ``_outbox``          the same for `outbox`; not for RPC, which never waits there
+    ``_max_retry``       RPC: how often an unanswered request is sent again
+    ``_queue_only``      RPC: as ``rpc_queue_x``
+    ===================  ===============================================================
 
     A producer connects when it first sends. It may be used by many threads, and on both
     sides of a fork.
