@@ -333,23 +333,20 @@ class Due:
     def __call__(self, publishing: Publishing) -> None:
         """Lead a publishing into the cascade, or straight to its exchange if it is due."""
         steps = steps_of(max(0.0, self.time - time.monotonic()))
-        properties = copy.copy(publishing.properties)
-        properties.headers = stripped(properties.headers)
-        publishing.preparation, publishing.via = publishing.exchange, publishing.exchange.name
-        publishing.mandatory = self.mandatory
+        exchange = publishing.exchange
+        headers = stripped(publishing.properties.headers)
+        publishing.properties = properties = copy.copy(publishing.properties)
         if steps:
-            exchange = publishing.exchange
             goal = publishing.key if exchange.is_default else exchange
-            delayed = Delayed(goal, _level_of(steps), self.is_bound)
-            properties.headers |= delayed.headers(steps)
+            delayed = Delayed(goal, steps.bit_length() - 1, self.is_bound)
+            headers |= delayed.headers(steps)
             properties.expiration = None  # it would leave the first queue then
             publishing.preparation, publishing.via = delayed, delayed.exchange
             publishing.mandatory = True  # every level has a queue, unless somebody deleted it
-        publishing.properties = properties
-
-
-def _level_of(steps: int) -> int:
-    return steps.bit_length() - 1
+        else:
+            publishing.preparation, publishing.via = exchange, exchange.name
+            publishing.mandatory = self.mandatory
+        properties.headers = headers or None
 
 
 #: The headers that are added at most, beside the name of the goal.

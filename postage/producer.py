@@ -82,7 +82,6 @@ _PROPERTIES = frozenset({"_headers", "_message_id", "_mandatory", "_persistent",
 #: What is not for RPC: a request lasts as long as its caller waits, and has an id of its own.
 _DELAYS = frozenset({"_delay", "_at"})
 _NOT_FOR_RPC = _DELAYS | {"_ttl", "_correlation_id"}
-_IDS = frozenset({"_message_id", "_correlation_id"})
 _MESSAGE_KEYWORDS = (
     _ROUTING | _PROPERTIES | _NOT_FOR_RPC | {"_confirm", "_timeout", "_future", "_outbox"}
 )
@@ -115,27 +114,27 @@ class GenericProducer:
 
     All of them take, beside the arguments of the message:
 
-    =================  ==============================================================
-    ``_key``           another routing key, to the first exchange of `eks`
-    ``_eks``           other pairs; wins over ``_key``
-    ``_queue``         one queue, by its name, instead
-    ``_timeout``       seconds: until the confirm, or for each attempt of an RPC call
-    ``_future``        True: return at once, with a future
-    ``_headers``       a dict of AMQP headers
-    ``_message_id``    an id of your own
+    ===================  ===============================================================
+    ``_key``             another routing key, to the first exchange of `eks`
+    ``_eks``             other pairs; wins over ``_key``
+    ``_queue``           one queue, by its name, instead
+    ``_timeout``         seconds: until the confirm, or for each attempt of an RPC call
+    ``_future``          True: return at once, with a future
+    ``_headers``         a dict of AMQP headers
+    ``_message_id``      an id of your own
     ``_correlation_id``  an id that belongs to something else; not for RPC
-    ``_priority``      0 to 255, for queues that know priorities
-    ``_delay``         seconds or a timedelta that it waits in the broker; not for RPC
-    ``_at``            a datetime with a time zone until which it waits there; not for RPC
-    ``_ttl``           seconds or a timedelta after which it is given up; not for RPC, and
-                       not with ``_delay`` or ``_at``
-    ``_mandatory``     for this message only, instead of the attribute `mandatory`
-    ``_persistent``    the same for `persistent`
-    ``_confirm``       the same for `confirm`; not for RPC, which waits for more
-    ``_outbox``        the same for `outbox`; not for RPC, which never waits there
-    ``_max_retry``     RPC: how often an unanswered request is sent again
-    ``_queue_only``    RPC: as ``rpc_queue_x``
-    =================  ==============================================================
+    ``_priority``        0 to 255, for queues that know priorities
+    ``_delay``           seconds or a timedelta that it waits in the broker; not for RPC
+    ``_at``              a datetime with a time zone until which it waits there; not for RPC
+    ``_ttl``             seconds or a timedelta after which it is given up; not for RPC, and
+                         not with ``_delay`` or ``_at``
+    ``_mandatory``       for this message only, instead of the attribute `mandatory`
+    ``_persistent``      the same for `persistent`
+    ``_confirm``         the same for `confirm`; not for RPC, which waits for more
+    ``_outbox``          the same for `outbox`; not for RPC, which never waits there
+    ``_max_retry``       RPC: how often an unanswered request is sent again
+    ``_queue_only``      RPC: as ``rpc_queue_x``
+    ===================  ===============================================================
 
     A producer connects when it first sends. It may be used by many threads, and on both
     sides of a fork.
@@ -533,7 +532,12 @@ class GenericProducer:
         special: Mapping[str, Any] | None = None,
         pairs: Sequence[tuple[Any, str]] = (),
     ) -> pika.BasicProperties:
-        return pika.BasicProperties(**self._properties(special or {}, pairs))
+        special = special or {}
+        return pika.BasicProperties(
+            **self._properties(special, pairs),
+            correlation_id=_correlation_id_of(special),
+            expiration=_expiration_of(special),
+        )
 
     def _properties(
         self, special: Mapping[str, Any], pairs: Sequence[tuple[Any, str]]
@@ -550,11 +554,9 @@ class GenericProducer:
             "app_id": str(name) if name is not None else None,
             "headers": dict(headers) if headers else None,
             "priority": _priority_of(special),
-            "correlation_id": _correlation_id_of(special),
-            "expiration": _expiration_of(special),
         }
         doubtful = any(len(key) > _SHORT for _exchange, key in pairs) or len(str(name)) > _SHORT
-        if headers or doubtful or not _IDS.isdisjoint(special):
+        if headers or doubtful or "_message_id" in special:
             if not _DELAYS.isdisjoint(special):  # there must be room for what they add
                 headers = {**(headers or {}), **MOST_HEADERS}
             checked = pika.BasicProperties(**{**properties, "headers": headers})
@@ -696,11 +698,15 @@ def _correlation_id_of(special: Mapping[str, Any]) -> str | None:
     value = special.get("_correlation_id")
     if value is None:
         return None
-    if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > 255:
+    try:
+        fits = isinstance(value, str) and len(value.encode()) <= 255
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
         raise ConfigurationError(
-            f"_correlation_id is {value!r:.60}: give a string of at most 255 bytes"
+            f"_correlation_id is {value!r:.60}: give a string of at most 255 bytes of UTF-8"
         )
-    return value
+    return str(value)
 
 
 def _seconds(what: str, value: Any, negative: bool = False) -> float:
