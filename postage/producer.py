@@ -24,6 +24,7 @@ import pika
 from postage import debugging
 from postage import outbox as outboxes
 from postage.batch import Batch
+from postage.context import lineage
 from postage.delay import MOST_HEADERS, Wait, plain_seconds
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import (
@@ -34,6 +35,7 @@ from postage.errors import (
 )
 from postage.fingerprint import Fingerprint
 from postage.futures import Future, refuse_in_coroutine
+from postage.headers import CONVERSATION
 from postage.health import Health
 from postage.messages import (
     Message,
@@ -419,12 +421,15 @@ class GenericProducer:
             timeout = _seconds("rpc_timeout", self.rpc_timeout)
         body = self._encode(message.body)
         _show(body, pairs)
+        conversation, headers = lineage()
+        if conversation is not None:
+            headers[CONVERSATION] = conversation  # the correlation id is that of the call
         return Request(
             exchange.spec(),
             key,
             body,
             {
-                **self._properties(special, pairs),
+                **self._properties(special, pairs, headers),
                 "delivery_mode": 2 if special.get("_persistent") else 1,  # it is sent again
             },
             timeout=float(timeout),
@@ -533,16 +538,20 @@ class GenericProducer:
         pairs: Sequence[tuple[Any, str]] = (),
     ) -> pika.BasicProperties:
         special = special or {}
+        conversation, headers = lineage()
         return pika.BasicProperties(
-            **self._properties(special, pairs),
-            correlation_id=_correlation_id_of(special),
+            **self._properties(special, pairs, headers),
+            correlation_id=_correlation_id_of(special) or conversation,
             expiration=_expiration_of(special),
         )
 
     def _properties(
-        self, special: Mapping[str, Any], pairs: Sequence[tuple[Any, str]]
+        self,
+        special: Mapping[str, Any],
+        pairs: Sequence[tuple[Any, str]],
+        headers: Mapping[str, Any],
     ) -> dict[str, Any]:
-        headers = special.get("_headers")
+        headers = {**headers, **(special.get("_headers") or {})}
         message_id = special.get("_message_id") or new_message_id()
         persistent = special.get("_persistent", self.persistent)
         name = self.fingerprint.get("name")
