@@ -132,7 +132,9 @@ class Mover:
         self, delivery: Delivery, failure: Failure, pause: float
     ) -> Generator[Any, Any, None]:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        properties = retried(delivery.properties, failure.attempt, failure.handler, now)
+        properties = retried(
+            delivery.properties, failure.attempt, failure.handler, delivery.origin, now
+        )
         if encoded_size(properties) + DELAY_HEADERS > FRAME_LIMIT:
             raise EncodingError("its headers leave no room for ours; it is parked")
         queue = self._consumer.subscriber.topology.name_of(delivery.queue)

@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import struct
 import time
 import traceback
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pika
 
 from postage.errors import printable
-from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER
+from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER, ORIGIN_EXCHANGE, ORIGIN_KEY
 from postage.settings import queue_type_from_environment
 from postage.topology import QueueSpec
 from postage.transport.publisher import encoded_size
 from postage.transport.subscriber import Delivery
 
+#: Where the code of postage is.
+_PACKAGE = str(Path(__file__).parent) + os.sep
 #: Bytes of the headers and properties of a parked message. A header frame that is larger
 #: than the broker's frame_max (131,072 by default) would cost the connection.
 HEADER_LIMIT = 100_000
@@ -64,6 +69,8 @@ RECORD = frozenset(
         ATTEMPT,
         ATTEMPTS,
         FIRST_FAILURE,
+        ORIGIN_EXCHANGE,
+        ORIGIN_KEY,
     }
 )
 #: Beginnings of the names of other headers that must not travel on. A message that is published
@@ -102,11 +109,12 @@ def parked_properties(
         handler: The attribute of the one handler that failed, if there are several.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    exchange, routing_key = delivery.origin
     own = {
         "postage-reason": reason,
         "postage-queue": delivery.queue.name,
-        "postage-exchange": delivery.exchange,
-        "postage-routing-key": delivery.routing_key,
+        "postage-exchange": exchange,
+        "postage-routing-key": routing_key,
         "postage-parked-at": now,
         "postage-parked-by": " ".join(f"{key}={value}" for key, value in fingerprint.items()),
         ATTEMPTS: attempts,
@@ -117,7 +125,8 @@ def parked_properties(
     if error is not None:
         own["postage-exception"] = type(error).__name__
         own["postage-error"] = printable(error)
-        pieces = traceback.format_exception(error)
+        shown = _relevant(error.__traceback__)
+        pieces = traceback.format_exception(type(error), error, shown)
         own["postage-traceback"] = "".join(piece[:PIECE_LIMIT] for piece in pieces)
     headers = clean_headers(delivery.properties.headers)
     headers.pop(HANDLER, None)
@@ -264,6 +273,14 @@ def _record_of_broker(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------- writing
+
+
+def _relevant(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback from the handler on, without what of postage called it."""
+    relevant = trace
+    while relevant is not None and relevant.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        relevant = relevant.tb_next
+    return relevant or trace
 
 
 def clean_headers(headers: Mapping[Any, Any] | None) -> dict[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pika
 
 from postage.errors import ConfigurationError, PermanentError, Retry
-from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER
+from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER, ORIGIN_EXCHANGE, ORIGIN_KEY
 from postage.parking import clean_headers, sendable
 
 
@@ -115,7 +115,11 @@ class Failure:
 
 
 def retried(
-    properties: pika.BasicProperties, attempt: int, handler: str | None, now: str
+    properties: pika.BasicProperties,
+    attempt: int,
+    handler: str | None,
+    origin: tuple[str, str],
+    now: str,
 ) -> pika.BasicProperties:
     """Return the properties of the next attempt at a message.
 
@@ -123,11 +127,13 @@ def retried(
         properties: Those of the attempt that failed.
         attempt: Which one that was.
         handler: The only one to run again, if several handle the message.
+        origin: By which exchange and key the first one came.
         now: The time, in case that this was the first failure.
     """
     first = (properties.headers or {}).get(FIRST_FAILURE)
     headers = clean_headers(properties.headers)
     headers[ATTEMPT] = attempt + 1
+    headers[ORIGIN_EXCHANGE], headers[ORIGIN_KEY] = origin
     headers[FIRST_FAILURE] = first if isinstance(first, str) else now
     if handler is not None:
         headers[HANDLER] = handler

@@ -54,9 +54,9 @@ def wait_until(condition):
 def main(folder):
     program = folder / "bakery.py"
     shutil.copy(HERE / "bakery.py", program)
-    command = [sys.executable, "-m", "postage", "run", "bakery:Bakery", "--log-level", "error"]
-    log = open(folder / "log", "w")
-    bakery = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+    command = [sys.executable, "-m", "postage", "run", "bakery:Bakery"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    bakery = subprocess.Popen(command, cwd=folder, **quiet)
     try:
         with Customer() as customer, ErrorQueue("bakery.error") as errors:
             wait_until(customer.rpc_ping)
@@ -87,7 +87,6 @@ def main(folder):
         bakery.kill()
         bakery.wait()
         bakery.stdout.close()
-        log.close()
 
 
 if __name__ == "__main__":

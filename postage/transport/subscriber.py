@@ -37,7 +37,7 @@ from postage.errors import (
     ConnectionLostError,
     TransportError,
 )
-from postage.headers import attempt_of
+from postage.headers import attempt_of, origin_of
 from postage.health import ConsumerHealth, Incident, incident, latest
 from postage.topology import QueueSpec
 from postage.transport.connection import Connection, State, backoff
@@ -124,6 +124,11 @@ class Delivery:
         """The id of the conversation, or of the call, that the message belongs to."""
         correlation_id: str | None = self.properties.correlation_id
         return correlation_id
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """By which exchange and key the message came first: a later attempt comes by others."""
+        return origin_of(self.properties.headers, self.exchange, self.routing_key)
 
     @property
     def attempt(self) -> int:

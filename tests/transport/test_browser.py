@@ -54,11 +54,11 @@ def test_everything_is_seen_in_order_at_each_look(
     channel: BlockingChannel, connection: Connection, queue: str, page: int
 ) -> None:
     """However many consumers that takes, and whether or not it was seen before."""
-    expected = fill(channel, queue, 28)
+    expected = fill(channel, queue, 128)
     with browse(connection, queue, page) as browser:
-        assert (28, f"<Browser of {queue!r} [0 of 28]>") == (browser.count, repr(browser))
+        assert (128, f"<Browser of {queue!r} [0 of 128]>") == (browser.count, repr(browser))
         assert expected == [browsed.body for browsed in browser]
-    expected += fill(channel, queue, 2, first=28)
+    expected += fill(channel, queue, 2, first=128)
     for _ in range(2):
         with browse(connection, queue, page) as browser:
             assert expected[:1] == [next(iter(browser)).body]
