@@ -37,12 +37,12 @@ def workloads(scale: float) -> list[Workload]:
     Args:
         scale: How much to send, and how long it waits.
     """
-    count, longest = round(10_000 * scale), LONGEST * scale
-    cases = [
-        Case("RabbitMQ, quorum", partial(_measure, count, longest)),
-        Case("embedded, quorum, with a store", partial(_embedded, count, longest)),
-    ]
-    title = f"Delays of {SHORTEST:g} to {longest:g} s, {count:,} messages at once"
+    longest = LONGEST * scale
+    cases = []
+    for count in (round(1_000 * scale), round(10_000 * scale)):
+        cases.append(Case(f"RabbitMQ, {count:,}", partial(_measure, count, longest)))
+        cases.append(Case(f"embedded, {count:,}", partial(_embedded, count, longest)))
+    title = f"Delays of {SHORTEST:g} to {longest:g} s, messages sent at once"
     return [Workload("delay", title, cases)]
 
 
