@@ -505,6 +505,36 @@ def test_a_blocked_broker_stops_a_retry_and_nothing_is_lost(
     assert {b"0", b"1", b"2", b"3", b"4"} == set(bodies(channel))
 
 
+def test_a_broker_that_freezes_stops_a_retry_and_nothing_is_lost(
+    node: Node, channel: BlockingChannel
+) -> None:
+    """What was on its way may have arrived; it stays, and the next retry goes on."""
+    park_numbers(channel, 20)
+    with ErrorQueue("q.error") as errors:
+        errors.timeout = 1.0
+
+        def freeze(done: int, _all: int) -> None:
+            if done == 10:
+                node.suspend()
+
+        errors.on_progress = freeze
+        try:
+            with pytest.raises(BatchError) as caught:
+                errors.retry()
+        finally:
+            node.resume()
+        assert [b"%d" % each for each in range(9)] == [
+            each.encode()[1:] for each in caught.value.confirmed
+        ]
+        assert ["m9"] == [id for id, _ in caught.value.unknown]
+    with ErrorQueue("q.error") as errors:
+        wait_until(lambda: errors.count() == 11)
+        assert 11 == errors.retry()
+    found = bodies(channel)
+    assert {b"%d" % each for each in range(20)} == set(found)
+    assert len(found) <= 21
+
+
 def test_a_connection_that_is_lost_in_the_middle_is_an_error_and_loses_nothing(
     node: Node, broker_url: str
 ) -> None:
