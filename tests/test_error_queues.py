@@ -200,7 +200,8 @@ def test_a_retry_may_choose(channel: BlockingChannel, errors: ErrorQueue) -> Non
         error = (ValueError if number % 2 else KeyError)("x")
         park(channel, b"%d" % number, message_id=f"m{number}", error=error)
 
-    assert 2 == errors.retry(exception="ValueError", ids=["m1", "m5", "m5"])
+    assert 1 == errors.retry("m1")
+    assert 1 == errors.retry(exception="ValueError", ids=["m5", "m5"])
     assert [b"1", b"5"] == bodies(channel)
     assert 0 == errors.retry(exception="OSError")
     assert [b"0", b"2", b"3", b"4"] == [each.body for each in errors]
@@ -455,6 +456,21 @@ def test_an_import_into_a_full_queue_says_what_did_not_fit(channel: BlockingChan
         assert ["0", "1"] == caught.value.confirmed
         assert ["2", "3"] == [id for id, _ in caught.value.failed]
         assert 2 == small.count()
+
+
+def test_an_import_into_a_blocked_broker_says_what_was_not_sent(
+    node: Node, errors: ErrorQueue
+) -> None:
+    """The rest is not tried: each would wait as long."""
+    lines = [f'{{"body": "", "properties": {{"message_id": "{each}"}}}}' for each in range(50)]
+    errors.timeout = 0.5
+    with node.memory_alarm(), pytest.raises(BatchError) as caught:
+        errors.import_(lines)
+
+    # RabbitMQ blocks a connection when it publishes: the first message may pass.
+    first = caught.value.confirmed + [id for id, _ in caught.value.unknown]
+    assert first in ([], ["0"])
+    assert [str(each) for each in range(len(first), 50)] == [id for id, _ in caught.value.failed]
 
 
 def test_a_purge_tells_how_many_there_were(channel: BlockingChannel, errors: ErrorQueue) -> None:
