@@ -232,11 +232,12 @@ class ErrorQueue:
             TransportError: As for `messages()`.
         """
         report = Report()
+        wanted = _ids(ids)
         for parked in self.messages():
-            if ids is None or parked.id in ids:
+            if _is_chosen(parked, wanted, None):
                 file.write(line_of(parked.properties, parked.body) + "\n")
                 report.note(parked.id, None)
-        self._note_missing(report, ids)
+        self._note_missing(report, wanted)
         report.check()
         return len(report.confirmed)
 
@@ -254,7 +255,7 @@ class ErrorQueue:
         runs again.
 
         Args:
-            ids: Which ones; None: all that were there at the beginning.
+            ids: Which ones, or one; None: all that were there at the beginning.
             exception: Only those with this name of what was raised.
             queue: Where they go instead. A foreign message, which does not say where it came
                 from, needs it.
@@ -267,12 +268,14 @@ class ErrorQueue:
             TransportError: As for `messages()`.
         """
 
+        wanted = _ids(ids)
+
         def plan(parked: Parked) -> _Letter | None:
-            if not _is_chosen(parked, ids, exception):
+            if not _is_chosen(parked, wanted, exception):
                 return None
             return self._way_back(parked, queue)
 
-        return self._transfer(plan, ids)
+        return self._transfer(plan, wanted)
 
     def edit(
         self,
@@ -329,12 +332,14 @@ class ErrorQueue:
             TransportError: As for `messages()`.
         """
 
+        wanted = _ids(ids)
+
         def plan(parked: Parked) -> _Letter | None:
-            if not _is_chosen(parked, ids, exception):
+            if not _is_chosen(parked, wanted, exception):
                 return None
             return queue, republished_properties(parked.properties), parked.body
 
-        return self._transfer(plan, ids)
+        return self._transfer(plan, wanted)
 
     def import_(self, file: Iterable[str]) -> int:
         """Put the messages of a file that `export()` wrote into this queue, which is declared.
@@ -361,11 +366,14 @@ class ErrorQueue:
                     ) from None
         self._declare()
         report = Report()
+        has_trouble = False
         for number, (properties, body) in enumerate(messages, 1):
             name = Parked.of(properties, body).id
+            if has_trouble:
+                report.note_unsent(name)
+                continue
             letter = self.name, republished_properties(properties), body
-            if _is_general(self._deliver(letter, name, report)):
-                break
+            has_trouble = _is_general(self._deliver(letter, name, report))
             self.on_progress(number, len(messages))
         report.check()
         return len(messages)
@@ -536,6 +544,11 @@ def known_error_queues(
         if error.code != NOT_FOUND:
             raise
     return sorted(name.decode("utf-8", "backslashreplace") for name in latest)
+
+
+def _ids(ids: Collection[str] | None) -> Collection[str] | None:
+    """Return ids without doubles, in order. A single one may be given by itself."""
+    return None if ids is None else dict.fromkeys([ids] if isinstance(ids, str) else ids)
 
 
 def _is_chosen(parked: Parked, ids: Collection[str] | None, exception: str | None) -> bool:

@@ -43,8 +43,6 @@ LARGEST_PAGE = 65_535
 #: Seconds without a message after which the queue is asked whether there are any left: another
 #: consumer may have taken them.
 QUIET = 1.0
-#: Seconds without a message, while the queue says that it has some, until that is an error.
-STALL = 30.0
 #: Seconds that a queue is given to count again what came back. A quorum queue hears of a closed
 #: channel a moment after the channel is closed.
 SETTLING = 5.0
@@ -71,7 +69,7 @@ class Browser:
     Args:
         connection: One for consuming; it is connected if need be.
         queue: The name.
-        timeout: Seconds until it must have begun.
+        timeout: Seconds that the broker has for an answer, and for a message that is there.
         page: How many messages one consumer may hold; more, if that would be too many pages.
     """
 
@@ -158,10 +156,10 @@ class Browser:
                     raise self._failure
             elif not self._ready():
                 return  # others took the rest
-            elif time.monotonic() - quiet_since > STALL:
+            elif time.monotonic() - quiet_since > self._timeout:
                 raise ConnectionLostError(
-                    f"queue {self.queue!r} delivers nothing for {STALL:g} s, though it has "
-                    "messages; another consumer may have it for itself"
+                    f"queue {self.queue!r} delivers nothing for {self._timeout:g} s, though it "
+                    "has messages; another consumer may have it for itself"
                 )
 
     def ack(self, browsed: Browsed) -> None:
@@ -183,8 +181,8 @@ class Browser:
                     prefetch_count=self._page, callback=self._hub.shielded(heard.append)
                 )
 
-        if not self._hub.wait(lambda: bool(heard) or self._over, STALL, first=ask):
-            raise ConnectionLostError(f"queue {self.queue!r}: no answer within {STALL:g} s")
+        if not self._hub.wait(lambda: bool(heard) or self._over, self._timeout, first=ask):
+            raise ConnectionLostError(f"queue {self.queue!r}: no answer in {self._timeout:g} s")
         if not heard:
             raise self._failure or ConnectionLostError("closed")
         self._acked += 1
@@ -256,4 +254,4 @@ class Browser:
             answer = yield partial(channel.queue_declare, queue=self.queue, passive=True)
             return int(answer.method.message_count)
 
-        return int(self._connection.ask(script, STALL, f"count queue {self.queue!r}"))
+        return int(self._connection.ask(script, self._timeout, f"count queue {self.queue!r}"))

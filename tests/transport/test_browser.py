@@ -12,7 +12,6 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from postage.errors import ChannelClosedError, ConnectionFailedError, TransportError
 from postage.settings import settings_for
-from postage.transport import browser as browsing
 from postage.transport import connection as connections
 from postage.transport.browser import Browser
 from postage.transport.connection import Connection
@@ -117,11 +116,9 @@ def test_what_others_take_meanwhile_is_not_waited_for(
 
 
 def test_a_queue_that_does_not_deliver_is_an_error(
-    channel: BlockingChannel, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    channel: BlockingChannel, connection: Connection
 ) -> None:
     """Such as one that another consumer has for itself."""
-    monkeypatch.setattr(browsing, "QUIET", 0.1)
-    monkeypatch.setattr(browsing, "STALL", 0.5)
     channel.queue_declare("single", arguments={"x-single-active-consumer": True})
     fill(channel, "single", 3)
     channel.basic_qos(prefetch_count=1)
@@ -130,7 +127,7 @@ def test_a_queue_that_does_not_deliver_is_an_error(
 
     with (
         pytest.raises(TransportError, match="another consumer may have it for itself"),
-        browse(connection, "single") as browser,
+        Browser(connection, "single", timeout=0.5) as browser,
     ):
         list(browser)
 
