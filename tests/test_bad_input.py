@@ -17,6 +17,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from postage.messaging import MessageHandler, MessageProcessor, RpcHandler
+from postage.retry import RetryPolicy
 from postage.transport.publisher import encoded_size
 from tests.programs_for_tests.components import (
     Running,
@@ -73,6 +74,8 @@ UNREADABLE = {
 
 class Component(MessageProcessor):
     """A component that notes what it handled."""
+
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
 
     def __init__(self, *queues: Any) -> None:
         self.log: list[Any] = []

@@ -33,6 +33,7 @@ from postage.messaging import (
 )
 from postage.microthreads import sleep
 from postage.outbox import OUTBOX_WINDOW, Held, Outbox
+from postage.retry import RetryPolicy
 from tests.programs import Program
 from tests.programs_for_tests.components import (
     Running,
@@ -108,6 +109,7 @@ def said(count: int) -> list[Any]:
 class Own(MessageProcessor):
     """A component whose handlers have an outbox, and a producer to fill it."""
 
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
     outbox = True
 
     def __init__(self, *queues: Any, **attributes: Any) -> None:

@@ -33,6 +33,7 @@ from postage.messaging import (
     RpcHandler,
 )
 from postage.microthreads import sleep
+from postage.retry import RetryPolicy
 from tests.certificates import Certificates
 from tests.nodes import Node
 from tests.programs import ROOT, Program
@@ -654,6 +655,7 @@ def test_headers_that_cannot_be_sent() -> None:
 class Component(MessageProcessor):
     """A component with a handler of each kind of trouble."""
 
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
     grace = 0.2
 
     def __init__(self, queue: Any) -> None:
