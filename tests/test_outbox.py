@@ -556,7 +556,7 @@ def test_the_future_of_a_message_that_does_not_leave_fails(sender: Sender) -> No
         own.wait_for(2)
         with pytest.raises(ClosedError, match="not sent: msg_run failed"):
             own.log[0].result(PATIENCE)
-        with pytest.raises(PostageError, match="no queue is bound"):
+        with pytest.raises(PostageError, match="there is no queue"):
             own.log[1].result(PATIENCE)
 
 
