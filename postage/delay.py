@@ -34,7 +34,7 @@ from postage.errors import (
     UnroutableError,
 )
 from postage.settings import queue_type_from_environment
-from postage.topology import ExchangeSpec, QueueSpec
+from postage.topology import ExchangeSpec, QueueSpec, error_queue
 from postage.transport.conversation import Declarable, Script
 from postage.transport.publisher import Publishing
 
@@ -248,7 +248,7 @@ class Goal:
 
 
 def _end() -> Iterator[Declarable]:
-    unroutable = _queue(UNROUTABLE.name)
+    unroutable = error_queue(UNROUTABLE.name)
     yield from (UNROUTABLE, unroutable, Link(UNROUTABLE.name, unroutable.name), GOAL)
 
 

@@ -27,7 +27,7 @@ import pika
 from postage.errors import printable
 from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER, ORIGIN_EXCHANGE, ORIGIN_KEY
 from postage.settings import queue_type_from_environment
-from postage.topology import QueueSpec
+from postage.topology import UNLIMITED, QueueSpec
 from postage.transport.publisher import encoded_size
 from postage.transport.subscriber import Delivery
 
@@ -168,7 +168,7 @@ def ledger_queue() -> QueueSpec:
     arguments: dict[str, Any] = {"x-queue-type": kind, "x-max-length": LEDGER_LENGTH}
     if kind == "quorum":
         # It is looked at again and again, and RabbitMQ 4 would drop what was delivered 20 times.
-        arguments["x-delivery-limit"] = 2**31 - 1
+        arguments["x-delivery-limit"] = UNLIMITED
     return QueueSpec(LEDGER_NAME, arguments=arguments)
 
 

@@ -311,6 +311,10 @@ def _milliseconds(what: str, seconds: float) -> int:
     return round(seconds * 1000)
 
 
+#: A delivery limit that nothing reaches.
+UNLIMITED = 2**31 - 1
+
+
 def error_queue_of(name: str) -> str:
     """Return the name of the error queue that belongs to a queue of this name.
 
@@ -322,8 +326,14 @@ def error_queue_of(name: str) -> str:
 
 
 def error_queue(name: str) -> QueueSpec:
-    """Return the value of an error queue: durable, quorum, without any other argument."""
-    return QueueSpec(name, arguments={"x-queue-type": queue_type_from_environment()})
+    """Return the value of an error queue: durable, and quorum without a delivery limit.
+
+    RabbitMQ 4 gives quorum queues a limit of 20 deliveries unless they say otherwise, and each
+    look into the queue is one. There is no way to say "none" that RabbitMQ 3.10 knows, too.
+    """
+    kind = queue_type_from_environment()
+    limit = {"x-delivery-limit": UNLIMITED} if kind == "quorum" else {}
+    return QueueSpec(name, arguments={"x-queue-type": kind, **limit})
 
 
 #: How a program may name a queue: by name, as 1.2.1's dict, as a class, or as an instance.

@@ -459,7 +459,7 @@ def test_a_message_is_not_lost_while_the_error_queue_cannot_be_declared(
         told = [each for each in caplog.records if "could not park" in each.getMessage()]
         return sum(each.levelno == level for each in told)
 
-    caplog.set_level(logging.DEBUG, "postage.processor")
+    caplog.set_level(logging.DEBUG, "postage.moving")
     with Running(own := Component(PLAIN_QUEUE)):
         send(channel, b"no JSON", "plain")
         wait_until(lambda: attempts(logging.DEBUG) >= 1)

@@ -190,9 +190,9 @@ def test_the_queues_of_an_application_outlive_what_they_must(
     }
     assert {
         "alpha": {**shared, "x-dead-letter-routing-key": "alpha.error"},
-        "alpha.error": {"x-queue-type": "quorum"},
+        "alpha.error": {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
         "alpha#red": {**shared, "x-dead-letter-routing-key": "alpha#red.error"},
-        "alpha#red.error": {"x-queue-type": "quorum"},
+        "alpha#red.error": {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
         "alpha@box": {"x-queue-type": "classic", "x-expires": 7 * 24 * 3600 * 1000},
         "alpha.1@box": {"x-queue-type": "classic", "x-expires": 600_000},
     } == {queue.name: queue.arguments for queue in queues}

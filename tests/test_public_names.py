@@ -116,14 +116,14 @@ def test_an_application_takes_the_arguments_of_1_2_1_first() -> None:
 
 
 def test_a_handler_decorator_takes_type_and_name_first() -> None:
-    """`threaded` and `outbox` are new, and last."""
-    for decorator in (
-        messaging.MessageHandler,
-        messaging.RpcHandler,
-        messaging.MessageHandlerFullBody,
+    """`threaded`, `outbox` and, but for calls, `retry` are new, and last."""
+    for decorator, *more in (
+        (messaging.MessageHandler, "retry"),
+        (messaging.RpcHandler,),
+        (messaging.MessageHandlerFullBody, "retry"),
     ):
         parameters = inspect.signature(decorator).parameters
-        assert ["message_type", "message_name", "threaded", "outbox"] == list(parameters)
+        assert ["message_type", "message_name", "threaded", "outbox", *more] == list(parameters)
         assert parameters["message_name"].default is None
 
 

@@ -126,7 +126,8 @@ def test_a_bare_name_is_a_durable_quorum_queue_with_an_error_queue() -> None:
 
 def test_an_error_queue_has_no_other_argument() -> None:
     """It never loses, limits or expires what is parked in it."""
-    assert {"x-queue-type": "quorum"} == error_queue("orders.error").arguments
+    arguments = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
+    assert arguments == error_queue("orders.error").arguments
 
 
 def test_the_environment_can_make_named_queues_classic(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -595,7 +595,11 @@ def test_queues_are_declared_as_the_architecture_says(
     }
     assert {
         "orders": ("quorum", True, named),
-        "orders.error": ("quorum", True, {"x-queue-type": "quorum"}),
+        "orders.error": (
+            "quorum",
+            True,
+            {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1},
+        ),
         "old": ("classic", False, {}),
         "verbatim": ("classic", True, {"x-expires": 9000}),
         "passing": (
