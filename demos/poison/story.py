@@ -39,8 +39,8 @@ def postage(*words):
     command = [sys.executable, "-m", "postage", *words]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     for line in result.stdout.splitlines():
-        print(f"  {line}")
-    return result.stdout
+        if not line.strip() or line.strip(" ^~"):  # not all versions of Python mark the place
+            print(f"  {line}")
 
 
 def wait_until(condition):
@@ -58,7 +58,7 @@ def main(folder):
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     bakery = subprocess.Popen(command, cwd=folder, **quiet)
     try:
-        with Customer() as customer, ErrorQueue("bakery.error") as errors:
+        with Customer({"name": "customer"}) as customer, ErrorQueue("bakery.error") as errors:
             wait_until(customer.rpc_ping)
 
             say("An order, and one that the bakery does not understand.")

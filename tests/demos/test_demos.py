@@ -243,6 +243,17 @@ def test_the_tour_brings_its_own_broker_if_none_is_named(monkeypatch: pytest.Mon
     assert_shown(expected, lines)
 
 
+def test_the_story_of_a_poison_message_ends_well(broker_url: str) -> None:
+    """It fails, backs off and is parked; the code is mended and rolled out; it goes back."""
+    [expected] = shown("poison", "story.py")
+    for _ in range(2):
+        with run("poison", "story.py") as story:
+            assert 0 == story.wait(120.0), story.output
+            assert [] == left_of(story)
+            assert [] == story.stderr
+            assert_shown(expected, story.stdout)
+
+
 def assert_shared_out(lines: Sequence[str]) -> None:
     """Assert that in each round robin of the tour ten calls were answered, by those in it."""
     shares = [
