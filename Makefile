@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo venv install lint types test check docs bench clean
+.PHONY: help demo venv install lint types test check docs bench chaos clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -36,6 +36,9 @@ bench: install ## run the benchmarks (ARGS=...)
 clean: ## remove all that these targets made
 	rm -rf $(VENV) build dist docs/_build *.egg-info .*_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+chaos: install ## break everything under load (ARGS=..., POSTAGE_CHAOS_SECONDS=60)
+	POSTAGE_CHAOS_SECONDS=$${POSTAGE_CHAOS_SECONDS:-60} $(BIN)/python -m pytest tests/chaos $(ARGS)
 
 $(VENV)/.made:
 	@$(PYTHON) -m venv --clear $(VENV) || { \

@@ -425,8 +425,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             others = self.scheduler is not None and self.scheduler.finally_do is not None
             try:
                 self.before_close(restarting=told or others)
-            except PostageError:
-                logger.exception("%r could not tidy up", self)
+            except PostageError as error:
+                logger.warning("%r could not tidy up: %s", self, error)
         self._ended = True
         self.consumer.close()
         if self.dedupe is not None:

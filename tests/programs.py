@@ -104,6 +104,11 @@ class Program:
         return self._process.pid
 
     @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
     def output(self) -> str:
         """All that the program wrote so far."""
         return "\n".join(self.lines)

@@ -38,8 +38,8 @@ DEADLINE_SECONDS = 120.0
 #: what the last line names and removes the folder.
 GUARD = 'while read -r line; do pids=$line; done; kill -KILL $pids 2>/dev/null; rm -rf "$0"'
 
-#: The name of the node. No other node meets it, since its epmd is its own.
-NODE_NAME = "postage-test@localhost"
+#: The name of a node. No other meets it, unless they were told of each other.
+NODE_NAME = "postage-test"
 
 #: Erlang: deletes virtual hosts.
 DELETE_VHOSTS = """
@@ -63,6 +63,23 @@ CLOSE_CONNECTIONS = """
     [rabbit_networking:close_connection(Pid, "{reason}")
         || [{{pid, Pid}}, {{vhost, {vhost}}}]
         <- rabbit_networking:connection_info_all([pid, vhost])].
+"""
+
+#: Erlang: does in the name of a queue's consumers what the broker does at their basic.cancel, but
+#: for the cancel-ok. The first three parts of a consumer are its channel, its tag, whether it acks.
+FORGET_CONSUMERS = """
+    {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),
+    Queue = amqqueue:get_pid(Q),
+    Forget = case amqqueue:get_type(Q) of
+        rabbit_classic_queue -> fun(Channel, Tag) ->
+            ok = gen_server2:call(Queue, {{basic_cancel, Channel, Tag, undefined, <<"tests">>}})
+        end;
+        rabbit_quorum_queue -> fun(Channel, Tag) ->
+            Cancel = rabbit_fifo:make_checkout({{Tag, Channel}}, cancel, #{{}}),
+            {{ok, ok, _}} = ra:process_command(Queue, Cancel)
+        end
+    end,
+    [Forget(element(1, C), element(2, C)) || C <- rabbit_amqqueue:consumers(Q)].
 """
 
 
@@ -120,24 +137,29 @@ class RabbitNode:
 
     Args:
         config: further lines of ``rabbitmq.conf``, such as ``consumer_timeout = 5000``.
+        name: another name.
+        beside: a node that this one may meet, which then must have another name and live longer.
     """
 
-    def __init__(self, *config: str) -> None:
+    def __init__(
+        self, *config: str, name: str = NODE_NAME, beside: RabbitNode | None = None
+    ) -> None:
         scripts = find_scripts()
         if scripts is None:
             raise FileNotFoundError("rabbitmq-server is not installed")
         self._scripts = scripts
+        self.name = f"{name}@localhost"
         self.port, distribution_port, epmd_port = free_ports(3)
         self.folder = Path(tempfile.mkdtemp(prefix="postage-rabbitmq-"))
         self._environment = self._write_settings(config, distribution_port, epmd_port)
+        if beside is not None:
+            for shared in ("HOME", "ERL_EPMD_PORT"):  # the cookie, and where nodes are found
+                self._environment[shared] = beside._environment[shared]
         self._node: subprocess.Popen[bytes] | None = None
         self._guard = subprocess.Popen(
             ["sh", "-c", GUARD, self.folder], stdin=subprocess.PIPE, start_new_session=True
         )
-        # In the foreground, so that its process id is known: Erlang would start a daemon.
-        self._epmd = subprocess.Popen(
-            ["epmd", "-address", HOST], env=self._environment, start_new_session=True
-        )
+        self._epmd = None if beside else self._start_epmd()
         self._tell_guard()
 
     def __repr__(self) -> str:
@@ -172,7 +194,7 @@ class RabbitNode:
     @property
     def pids(self) -> set[int]:
         """The process ids of the node and of its two helpers."""
-        return {self._guard.pid, self._epmd.pid} | ({self._node.pid} if self._node else set())
+        return {each.pid for each in (self._guard, self._epmd, self._node) if each}
 
     def url_of(self, vhost: str) -> str:
         """Return the URL of a virtual host."""
@@ -237,8 +259,9 @@ class RabbitNode:
         """Kill the node and remove its data."""
         if self.is_running:
             self._end(signal.SIGKILL)
-        self._epmd.kill()
-        self._epmd.wait()
+        if self._epmd is not None:
+            self._epmd.kill()
+            self._epmd.wait()
         self._tell_guard()
         self._guard.communicate()
 
@@ -287,6 +310,10 @@ class RabbitNode:
         """Close the connections to a virtual host, or all, with reply code 320."""
         which = "_" if vhost is None else f'<<"{vhost}">>'
         self._eval(CLOSE_CONNECTIONS.format(vhost=which, reason=reason))
+
+    def forget_consumers(self, queue: str, vhost: str) -> None:
+        """Cancel the consumers of a queue without a word to their clients, as if it lost them."""
+        self._eval(FORGET_CONSUMERS.format(queue=queue, vhost=vhost))
 
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
@@ -354,7 +381,7 @@ class RabbitNode:
             self.ctl("eval", expressions)
             return
         result = subprocess.run(
-            ["erl_call", "-sname", NODE_NAME, "-e"],
+            ["erl_call", "-sname", self.name, "-e"],
             env=self._environment,
             input=f"{expressions}\n",
             stdout=subprocess.PIPE,
@@ -402,11 +429,16 @@ class RabbitNode:
             "RABBITMQ_CTL_ERL_ARGS": "-start_epmd false",
             "RABBITMQ_DIST_PORT": str(distribution_port),
             "RABBITMQ_LOGS": "-",
-            "RABBITMQ_NODENAME": NODE_NAME,
+            "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
                 "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
             ),
         }
+
+    def _start_epmd(self) -> subprocess.Popen[bytes]:
+        # In the foreground, so that its process id is known: Erlang would start a daemon.
+        command = ["epmd", "-address", HOST]
+        return subprocess.Popen(command, env=self._environment, start_new_session=True)
 
     def _tell_guard(self) -> None:
         alive = [p.pid for p in (self._node, self._epmd) if p and p.poll() is None]

@@ -58,8 +58,10 @@ from postage.transport.conversation import (
 
 logger = logging.getLogger(__name__)
 
-#: Seconds of the first and of the longest pause between two rounds over the hosts.
-BACKOFF_FIRST, BACKOFF_LONGEST = 0.5, 30.0
+#: Seconds of the first and of the longest pause between two rounds over the hosts. Of a hundred
+#: components some have had short pauses only, and many of them, so the last one comes back the
+#: longest pause after the broker, however short the outage was.
+BACKOFF_FIRST, BACKOFF_LONGEST = 0.5, 10.0
 #: Seconds that a connection must have lasted for the pauses to begin small again.
 STABLE = 30.0
 #: Seconds that a clean close may take before the socket is simply dropped.

@@ -223,7 +223,11 @@ def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
     advice = {
         RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
         ACCESS_REFUSED: "The user may not declare it: check its permissions",
-        NOT_FOUND: "It was to be checked only (passive) and does not exist",
+        NOT_FOUND: (
+            "It was to be checked only (passive) and does not exist"
+            if spec.passive
+            else "The node of the cluster that it is on must come back"
+        ),
         PRECONDITION_FAILED: (
             "Delete or rename the queue, ask for what it has (POSTAGE_QUEUE_TYPE=classic, a dict "
             "with its flags, or POSTAGE_COMPAT=1.2 for one that Postage 1.2.1 declared), or set "

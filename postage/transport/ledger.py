@@ -7,12 +7,18 @@ back has to be taken back again if the broker was away.
 
 Each step runs on a probe channel (`Connection.ask()`), since a refusal closes the channel
 that it happens on. A refusal may teach something that makes the next attempt differ: that
-what exists is adopted as it is, or that what was adopted is there no more.
+what exists is adopted as it is, that what was adopted is there no more, or that a queue is
+out of reach.
+
+A queue is *out of reach* while the node of a cluster is down that it is on: a classic queue
+is on one node. Then it cannot be declared, bound or consumed. What concerns it is left out
+until the steps are taken again, lest it hold up the queues that other nodes have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +36,10 @@ from postage.transport.conversation import (
     unbind_queue,
 )
 
+logger = logging.getLogger(__name__)
+
 #: What to do on a channel, by kind and value.
-_Steps = dict[tuple[str, object], Callable[[Channel], Script[None]]]
+_Steps = dict[tuple[str, Any], Callable[[Channel], Script[None]]]
 
 
 class _Learned(ChannelClosedError):
@@ -51,6 +59,8 @@ class Ledger:
         self._names: dict[ExchangeSpec | QueueSpec, str] = {}  # what the broker called the nameless
         self._named_on: pika.SelectConnection | None = None
         self._adopted: set[ExchangeSpec | QueueSpec] = set()
+        #: The queues that are out of reach, as far as is known, and what the broker said.
+        self.out_of_reach: Mapping[QueueSpec, str] = {}
 
     # ------------------------------------------------------------------- any thread
 
@@ -94,12 +104,18 @@ class Ledger:
         return self._names.get(queue, queue.name)
 
     def _perform(self, steps: _Steps, timeout: float | None, what: str) -> None:
+        missing: dict[QueueSpec, str] = {}
+
+        def script(channel: Channel) -> Script[None]:
+            return _in_order(channel, steps, missing)
+
         while True:
             try:
-                self._connection.ask(lambda channel: _in_order(channel, steps), timeout, what)
+                self._connection.ask(script, timeout, what)
                 break
             except _Learned:
                 continue
+        self._note({**self.out_of_reach, **missing})
         for key, step in steps.items():
             if key[0] == "binding":
                 self._steps.pop(key, None)  # to the end: the latest word on a binding counts
@@ -117,14 +133,30 @@ class Ledger:
         if not steps:
             done(None)
             return
+        missing: dict[QueueSpec, str] = {}
+
+        def script(channel: Channel) -> Script[None]:
+            return _in_order(channel, steps, missing)
 
         def replayed(_result: Any, error: TransportError | None) -> None:
             if isinstance(error, _Learned):
-                self.replay(done)
-            else:
-                done(error)
+                self._connection.probe(script, replayed)
+                return
+            if error is None:
+                self._note(missing)
+            done(error)
 
-        self._connection.probe(lambda channel: _in_order(channel, steps), replayed)
+        self._connection.probe(script, replayed)
+
+    def _note(self, missing: Mapping[QueueSpec, str]) -> None:
+        """Remember which queues are out of reach. Says in the log what is new about it."""
+        before, self.out_of_reach = self.out_of_reach, missing
+        for queue, reason in missing.items():
+            if queue not in before:
+                logger.warning("going on without queue %r until it is back: %s", queue.name, reason)
+        for queue in before:
+            if queue not in missing:
+                logger.info("queue %r is back", queue.name)
 
     def _declare_exchange(self, channel: Channel, spec: ExchangeSpec) -> Script[None]:
         yield from self._declare(channel, spec)
@@ -169,6 +201,19 @@ class Ledger:
         return False
 
 
-def _in_order(channel: Channel, steps: _Steps) -> Script[None]:
-    for step in steps.values():
-        yield from step(channel)
+def _in_order(channel: Channel, steps: _Steps, missing: dict[QueueSpec, str]) -> Script[None]:
+    """Take steps, but for those of queues that are out of reach, and add to these."""
+    for (kind, subject), step in steps.items():
+        queue = subject.queue if isinstance(subject, Binding) else subject
+        if queue in missing:
+            continue
+        try:
+            yield from step(channel)
+        except _Learned:
+            raise
+        except ChannelClosedError as error:
+            # A queue that does not exist would have been made.
+            if kind != "queue" or error.code != NOT_FOUND or subject.passive:
+                raise
+            missing[subject] = error.text
+            raise _Learned(error.code, error.text) from error

@@ -17,6 +17,10 @@ write) closes the channel, and the broker does not say which message it was. So 
 was on its way is sent again one by one, and the one that closes the channel while it is
 alone is NACKED.
 
+A channel that a message was NACKED on is not kept for the next one: when its first message
+to a quorum queue comes before a new leader was elected for one that died, RabbitMQ 3.10
+refuses all that follow, until the dead node is back.
+
 Everything in `Publisher` is called by the leader of the hub, except where it says so.
 """
 
@@ -171,6 +175,9 @@ class Listener(Protocol):
     def deafened(self) -> None:
         """The channel is gone: replies to what was published on it cannot come any more."""
 
+    def __len__(self) -> int:
+        """How many replies are waited for."""
+
 
 class Publisher:
     """The channel that a producer publishes on, and what is on its way over it.
@@ -195,6 +202,7 @@ class Publisher:
         self._held: collections.deque[Publishing] = collections.deque()
         self._written: dict[int, Publishing] = {}  # by delivery tag, oldest first
         self._alone = False  # what was written last is a suspect
+        self._refusing = False  # a message was nacked on this channel
         self._declaring = False
         self._alarm: object | None = None
         self._alarm_at = 0.0
@@ -277,7 +285,7 @@ class Publisher:
     def disconnected(self, error: TransportError) -> None:
         """Keep what has no fate: what was written is in doubt and goes first, in order."""
         self._channel = self._preparing = None
-        self._declaring = False
+        self._declaring = self._refusing = False
         written = [each for each in self._written.values() if each.fate is None]
         self._written.clear()
         for publishing in reversed(written):
@@ -358,9 +366,21 @@ class Publisher:
         if self.connection.amqp is amqp and amqp.is_open and self._joined and not self._closed:
             self.connected(amqp)
 
+    def _renew(self) -> None:
+        """Go on with another channel."""
+        channel, amqp = self._channel, self.connection.amqp
+        assert channel is not None and amqp is not None
+        self.disconnected(ConnectionLostError("its channel refused a message"))
+        channel.close()
+        self._reopen(amqp)
+
     def _pump(self) -> None:
         """Write what is held, in order, until something has to be waited for."""
         while self._held and self._channel is not None and self.connection.state is State.READY:
+            if self._refusing and not self._listener:  # a reply comes to this channel alone
+                if not self._written:
+                    self._renew()
+                break
             publishing = self._held[0]
             if self._written and (self._alone or publishing.suspect):
                 break
@@ -429,6 +449,7 @@ class Publisher:
     def _confirmed(self, frame: Any) -> None:
         method = frame.method
         fate = Fate.CONFIRMED if method.NAME == "Basic.Ack" else Fate.NACKED
+        self._refusing = self._refusing or fate is Fate.NACKED
         tag = method.delivery_tag
         if not method.multiple:
             tags = [tag] if tag in self._written else []

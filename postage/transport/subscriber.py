@@ -17,6 +17,7 @@ import collections
 import enum
 import itertools
 import logging
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -54,6 +55,8 @@ UNSTARTED_LIMIT = 300.0
 #: Heartbeats for which a queue that another connection still holds is tried again: a
 #: frozen or cut-off holder is given up by the broker after two.
 TAKEOVER_HEARTBEATS = 4
+#: Seconds until a queue that is out of reach is tried again, give or take a half.
+REACH_PAUSE = 4.0
 
 
 class Settlement(enum.Enum):
@@ -213,6 +216,7 @@ class Subscriber:
         self._collecting = False
         self._flush_timer: object | None = None
         self._age_timer: object | None = None
+        self._reach_timer: object | None = None
         self._failures = 0
         self._refused_since: float | None = None
         self._last_delivery: float | None = None  # on the monotonic clock
@@ -410,6 +414,13 @@ class Subscriber:
     def _start(self, channel: Channel, consumer: _Consumer) -> None:
         if not consumer.wanted or consumer.tag is not None:
             return
+        if consumer.spec in self.topology.out_of_reach:
+            if self._reach_timer is None:
+                reason = self.topology.out_of_reach[consumer.spec]
+                self.incident = incident(ConnectionLostError(reason))
+                pause = REACH_PAUSE * random.uniform(0.5, 1.5)
+                self._reach_timer = self.hub.call_later(pause, self._reach)
+            return
         # Slow start: what makes the process crash shall be counted alone, without the
         # messages that were only delivered ahead of it. Only where the broker counts.
         consumer.starting = consumer.spec.counts_deliveries and consumer.prefetch > 1
@@ -506,10 +517,18 @@ class Subscriber:
         # In case that it was there after all, and for the channel, which knows it still.
         self._cancel(consumer, then=partial(self._recover, reason))
 
+    def _reach(self) -> None:
+        """Try again what was out of reach."""
+        self._reach_timer = None
+        self._restore()
+
     def _recover(self, reason: str) -> None:
         """Declare all, and consume what is not being consumed. The rest goes on undisturbed."""
         logger.warning("%s; declaring and consuming anew", reason)
         self.incident = incident(ConnectionLostError(reason))
+        self._restore()
+
+    def _restore(self) -> None:
         amqp = self.connection.amqp
         if amqp is not None and self.connection.is_open:
             self.connected(amqp)
@@ -707,6 +726,9 @@ class Subscriber:
         if self._age_timer is not None:
             self.hub.cancel(self._age_timer)
             self._age_timer = None
+        if self._reach_timer is not None:
+            self.hub.cancel(self._reach_timer)
+            self._reach_timer = None
         self._watchdog.stop()
         self.disconnected(ConnectionLostError("closed"))
 

@@ -164,9 +164,9 @@ def test_a_pause_is_within_its_bounds(failures: int, chance: float) -> None:
 
 
 def test_pauses_double_up_to_the_longest() -> None:
-    """The pauses of an outage grow from half a second to half a minute."""
+    """All components are back some seconds after their broker, not half a minute."""
     pauses = [connections.backoff(failures, 1.0) for failures in range(1, 9)]
-    assert [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0] == pauses
+    assert [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0] == pauses
 
 
 @pytest.mark.parametrize("version", ["3.10.0", "3.10.8", "3.13.7", "4.0.1", "4.3.0", "10.0", "odd"])

@@ -43,7 +43,7 @@ from postage.transport.publisher import (
 )
 from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
-from tests.transport.proxy import Proxy
+from tests.transport.proxy import Proxy, Way
 from tests.waiting import wait_until
 
 #: Seconds after which a fate that has to be known counts as missing.
@@ -250,6 +250,31 @@ def test_a_full_queue_refuses(sender: Sender, peer: Peer) -> None:
     assert isinstance(letters[-1].error, NackedError)
     assert "'box'" in str(letters[-1].error)
     assert [b"0"] == peer.bodies("box")
+
+
+#: Erlang: lets new channels believe that the leader of a quorum queue is on another node.
+MOVE_LEADER = """
+    {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),
+    {{Name, _}} = amqqueue:get_pid(Q),
+    mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, {{Name, {node}}})).
+"""
+
+
+def test_a_channel_that_refuses_everything_is_not_kept(
+    rabbitmq_node: RabbitNode, sender: Sender, settings: Settings, peer: Peer
+) -> None:
+    """What RabbitMQ 3.10 does with one that first wrote to a queue whose leader had just died."""
+    # Given
+    peer.declare("box", **{"x-queue-type": "quorum"})
+    move = partial(MOVE_LEADER.format, vhost=settings.vhost, queue="box")
+    rabbitmq_node.ctl("eval", move(node="gone@localhost"))
+    assert [Fate.NACKED] == sender.send(sender.make("box"))
+
+    # When
+    rabbitmq_node.ctl("eval", move(node="node()"))
+
+    # Then
+    assert [Fate.CONFIRMED] * 3 == sender.send(*[sender.make("box") for _ in range(3)])
 
 
 def test_a_sender_need_not_wait_for_the_confirm(
@@ -521,6 +546,20 @@ def test_what_becomes_of_a_second_copy_does_not_tell_of_the_first(
         "refused": ExchangeMismatchError,
     }
     assert isinstance(letter.error.__cause__, expected[trouble])
+
+
+@pytest.mark.parametrize("way", Way, ids=lambda way: way.name)
+def test_a_connection_that_ended_one_way_is_replaced(
+    far_sender: Sender, proxy: Proxy, peer: Peer, way: Way
+) -> None:
+    """What was written to it, and what waits for its confirm, is sent again."""
+    peer.declare("box")
+    far_sender.send(far_sender.make("box", b"first"))
+    proxy.half_close(way)
+    assert [Fate.CONFIRMED] == far_sender.send(far_sender.make("box", b"second"))
+    assert 1 == far_sender.connection.losses
+    # In the direction that was open, the first copy may have arrived.
+    assert [b"first", b"second"] == sorted(set(peer.bodies("box")))
 
 
 def test_what_came_back_before_the_loss_is_not_sent_again(sender: Sender, peer: Peer) -> None:

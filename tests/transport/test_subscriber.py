@@ -33,7 +33,8 @@ from postage.topology import (
 from postage.transport import connection as connections
 from postage.transport.subscriber import Delivery, Settlement, Subscriber, coalesced
 from tests.nodes import Node
-from tests.transport.proxy import Proxy
+from tests.rabbitmq_node import RabbitNode
+from tests.transport.proxy import Proxy, Way
 from tests.waiting import wait_until
 
 #: Seconds after which what has to come counts as missing.
@@ -519,6 +520,22 @@ def test_an_outage_empties_the_inbox(far_reader: Reader, proxy: Proxy, peer: Pee
     deliveries = far_reader.take(5)
     assert [True] * 5 == [each.redelivered for each in deliveries]
     assert [] == list(far_reader.subscriber.inbox)
+
+
+@pytest.mark.parametrize("way", Way, ids=lambda way: way.name)
+def test_a_connection_that_ended_one_way_is_replaced(
+    far_reader: Reader, proxy: Proxy, peer: Peer, way: Way
+) -> None:
+    """What was delivered on it comes again, and what is sent afterwards as well."""
+    far_reader.bind(BOX)
+    far_reader.consume(BOX)
+    peer.send_numbers("box", 1)
+    far_reader.take()
+    losses = far_reader.connection.losses
+    proxy.half_close(way)
+    far_reader.wait_for(lambda: far_reader.connection.losses > losses)
+    peer.send_numbers("box", 2)
+    assert [b"1", b"2"] == sorted(far_reader.work(2))
 
 
 def test_what_nobody_starts_goes_back(
@@ -1260,3 +1277,66 @@ def test_nothing_is_lost_or_left_over_in_a_bad_network(
     assert far_reader.subscriber.close(5.0)
     assert 0 == peer.count("quorum")
     assert 0 == peer.count("quorum.error")
+
+
+#: Erlang: a queue as it is while the node is down that it is on, and as it is afterwards.
+HIDE = 'mnesia:dirty_delete(rabbit_queue, rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)).'
+SHOW = """
+    [Q] = mnesia:dirty_read(rabbit_durable_queue,
+                            rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),
+    mnesia:dirty_write(rabbit_queue, amqqueue:set_decorators(Q, [])).
+"""
+
+
+def change_queue(node: RabbitNode, expression: str, settings: Settings, queue: QueueSpec) -> None:
+    node.ctl("eval", expression.format(vhost=settings.vhost, queue=queue.name))
+
+
+def test_a_queue_whose_node_is_down_holds_up_no_other(
+    rabbitmq_node: RabbitNode,
+    reader: Reader,
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A classic queue is on one node of a cluster; the queues that others have go on."""
+    # Given
+    for queue in (BOX, CRATE):
+        reader.bind(queue, queue.name, LETTERS)
+    reader.consume(BOX, CRATE)
+
+    # When
+    change_queue(rabbitmq_node, HIDE, settings, BOX)
+    rabbitmq_node.close_connections("its node is down", settings.vhost)
+
+    # Then
+    with Peer(rabbitmq_node.url_of(settings.vhost)) as peer:
+        peer.send("crate", b"to the other", exchange="letters")
+        assert [b"to the other"] == reader.work(1)
+        change_queue(rabbitmq_node, SHOW, settings, BOX)
+        reader.wait_for(lambda: reader.subscriber.consuming)
+        peer.send("box", b"to the one", exchange="letters")
+        assert [b"to the one"] == reader.work(1)
+    assert 1 == caplog.text.count("going on without queue 'box'"), caplog.text
+
+
+def test_a_queue_whose_node_is_down_is_consumed_when_it_is_back(
+    rabbitmq_node: RabbitNode, reader: Reader, peer: Peer, settings: Settings
+) -> None:
+    """A component can start meanwhile."""
+    # Given
+    peer.channel.queue_declare("box", durable=True, arguments=dict(BOX.arguments))
+    change_queue(rabbitmq_node, HIDE, settings, BOX)
+
+    # When
+    for queue in (BOX, CRATE):
+        reader.bind(queue, queue.name, LETTERS)
+        reader.subscriber.consume(queue)
+
+    # Then
+    peer.send("crate", b"to the other", exchange="letters")
+    assert [b"to the other"] == reader.work(1)
+    assert not peer.routes("letters", "box")
+    change_queue(rabbitmq_node, SHOW, settings, BOX)
+    reader.wait_for(lambda: reader.subscriber.consuming)
+    peer.send("box", b"to the one", exchange="letters")
+    assert [b"to the one"] == reader.work(1)

@@ -13,6 +13,7 @@ from postage.broker import Broker
 from postage.settings import Settings
 from postage.topology import Queue, QueueSpec
 from postage.transport.watchdog import Sight
+from tests.rabbitmq_node import RabbitNode
 from tests.transport.test_subscriber import BOX, CRATE, Peer, Reader
 
 #: Seconds between two looks: short, so that there are many of them in a test.
@@ -163,3 +164,18 @@ def test_it_takes_two_looks_to_see_that_a_consumer_starves(
 ) -> None:
     """Messages may be on their way at one of them."""
     assert expected is later.is_starved_since(earlier)
+
+
+@pytest.mark.parametrize("queue", [BOX, QUORUM], ids=["classic", "quorum"])
+def test_a_consumer_that_rabbitmq_forgot_is_consumed_anew(
+    rabbitmq_node: RabbitNode, broker_url: str, queue: QueueSpec
+) -> None:
+    """What it had in hand comes again, to whoever consumes then."""
+    settings = Settings.from_environment()
+    with Reader(settings, watch_interval=INTERVAL) as reader, Peer(broker_url) as peer:
+        reader.bind(queue)
+        reader.consume(queue)
+        rabbitmq_node.forget_consumers(queue.name, settings.vhost)
+        reader.wait_for(lambda: 1 == peer.consumers(queue.name))
+        peer.send_numbers(queue.name, 1)
+        assert [b"1"] == reader.work(1)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Several instances of one component in one process: ``chaos_members.py FIRST COUNT``.
+
+They have the numbers from FIRST on for process ids. Each says ``ready`` when it consumes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from postage.generic_application import GenericApplication
+from postage.messaging import Fingerprint
+from postage.microthreads import MicroScheduler, sleep
+
+#: Seconds. Who asks for another heartbeat gets a connection of its own, and the members of one
+#: process shall have as many as processes of one member.
+HEARTBEAT = 60
+
+
+class Member(GenericApplication):
+    """Announces that it is consuming."""
+
+    announced = False
+
+    def step(self) -> Any:
+        if not self.announced:
+            if not self.consumer.subscriber.consuming:
+                return sleep(0.05)
+            self.announced = True
+            print("ready", flush=True)
+        return super().step()
+
+
+def main(first: int, count: int) -> None:
+    """Run until told to leave."""
+    scheduler = MicroScheduler()
+    for number in range(count):
+        fingerprint = Fingerprint("member", pid=first + number).as_dict()
+        scheduler.add_microthread(Member(fingerprint, hup={"heartbeat": HEARTBEAT + number}))
+    with scheduler.stop_on_signals():
+        for _ in scheduler.main():
+            pass
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
