@@ -65,7 +65,7 @@ MOST_DIGITS = 8
 #: Seconds that a holding queue stays after its message is due. It must be gone some day, and
 #: what it still holds goes with it: what no queue would take, and what was due while the broker
 #: was down for longer than this.
-LINGER_SECONDS = 3600.0
+LINGER_SECONDS = 24 * 3600.0
 
 #: Headers of the message: its schedule, its due time (ISO 8601), and the key that it gets.
 SCHEDULE, DUE, KEY = "postage-schedule", "postage-due", "postage-key"

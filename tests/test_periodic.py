@@ -511,6 +511,8 @@ def test_what_was_missed_while_nobody_lived_is_run_once(broker_url: str) -> None
     # Given
     with Program([PROGRAM, "clock", "2"]) as one:
         wait_until(lambda: runs_of(one), 60.0)
+        # In the middle between two runs: all of the last one is done with.
+        wait_until(lambda: datetime.now(timezone.utc) > runs_of(one)[-1][0] + SECOND, 60.0)
         one.kill()
         one.wait()
         last = runs_of(one)[-1][0]

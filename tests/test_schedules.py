@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
-import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -205,23 +203,27 @@ def test_cancelling_in_a_coroutine_is_refused(producer: Sender, mailbox: Mailbox
 
 def race(producer: Sender, mailbox: Mailbox, number: int) -> None:
     """Cancel schedules at about the moment at which they fire, and compare."""
-    chance = random.Random(number)
     cancelled = set[int]()
+    ids = []
+    ahead = 0.02  # seconds before a schedule is due at which it is cancelled
     for each in range(number):
-        scheduled = producer.schedule_race(each, _delay=0.05)
-        moment = time.monotonic() + 0.05 + chance.uniform(-0.01, 0.01)
-        while time.monotonic() < moment:  # to sleep would not be exact enough
+        scheduled = producer.schedule_race(each, _delay=0.1)
+        while now() < scheduled.due - timedelta(seconds=ahead):  # a sleep is not exact enough
             pass
         try:
             assert 1 == scheduled.cancel()
-            cancelled.add(each)
         except MessageNotFoundError:
-            pass
+            ids.append(scheduled.id)
+            ahead += 0.001  # so about half of them are too late, on any machine
+        else:
+            cancelled.add(each)
+            ahead -= 0.001
     wait_until(lambda: mailbox.count() + len(cancelled) >= number, 60.0)
+    for id in ids:
+        mailbox.channel.queue_delete(f"postage-schedule-{id}")
     came = sorted(mailbox.parameters())
     assert sorted(set(range(number)) - cancelled) == came
-    assert cancelled, "none was cancelled: that was no race"
-    assert came, "none came: that was no race"
+    assert number / 4 < len(came) < number * 3 / 4, "that was no race"
 
 
 def test_a_schedule_is_cancelled_or_comes(producer: Sender, mailbox: Mailbox) -> None:
