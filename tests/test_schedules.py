@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -22,7 +23,15 @@ from postage.errors import (
     PostageError,
     UnroutableError,
 )
-from postage.messaging import Exchange, GenericProducer, Message
+from postage.messaging import (
+    Exchange,
+    GenericProducer,
+    Message,
+    MessageHandler,
+    MessageProcessor,
+)
+from postage.microthreads import MicroScheduler
+from postage.retry import RetryPolicy
 from postage.schedules import Scheduled, entry_of, ledger_of, pending
 from tests.letters import Letters, Mailbox, Sender
 from tests.nodes import Node
@@ -140,6 +149,42 @@ def test_a_schedule_with_future_is_confirmed_later(producer: Sender, mailbox: Ma
     scheduled = asyncio.run(send())
     assert 32 == len(scheduled.id)
     assert ["later"] == delivered(mailbox, 1)
+
+
+def test_a_schedule_in_an_outbox_waits_for_its_handler(
+    broker_url: str, mailbox: Mailbox, producer: Sender
+) -> None:
+    """If that fails, nothing is scheduled; until then there is nothing to cancel."""
+    attempts = list[Scheduled]()
+
+    class Clerk(MessageProcessor):
+        outbox = True
+        retry = RetryPolicy(delay=0.0)
+
+        @MessageHandler("command", "order")
+        def msg_order(self, content: Any) -> None:
+            attempts.append(producer.schedule_remind("later", _delay=0.3))
+            with pytest.raises(MessageNotFoundError):
+                attempts[-1].cancel()
+            if len(attempts) == 1:
+                raise RuntimeError("the first time")
+
+    clerk = Clerk({"name": "clerk"}, [(Letters, [("orders", "order")])])
+    scheduler = MicroScheduler()
+    scheduler.add_microthread(clerk)
+    thread = threading.Thread(target=lambda: list(scheduler.main()))
+    thread.start()
+    try:
+        producer.message_order(_key="order")
+        wait_until(mailbox.count)
+        [_method, properties, _body] = mailbox.channel.basic_get(mailbox.name, auto_ack=True)
+    finally:
+        clerk.stop_consuming()
+        scheduler.exit()
+        thread.join()
+    assert 2 == len(attempts)
+    assert attempts[1].id == properties.headers["postage-schedule"]
+    assert 0 == mailbox.count()
 
 
 # ------------------------------------------------------------------------- cancelling
