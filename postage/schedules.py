@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import pika
 from pika.channel import Channel
 
-from postage.delay import TO_EXCHANGE, TO_QUEUE, Due, Wait, stripped
+from postage.delay import RENEWAL, TO_EXCHANGE, TO_QUEUE, Due, Wait, stripped
 from postage.errors import (
     NOT_FOUND,
     ChannelClosedError,
@@ -208,7 +208,7 @@ class Holding:
     key: str
     ledger: str
     expires_ms: int
-    lasts_seconds: float = LINGER_SECONDS
+    lasts_seconds: float = RENEWAL
 
     def parts(self) -> Iterator[Declarable]:
         """Yield it in the order in which it is declared."""
@@ -314,7 +314,7 @@ def schedule(
         raise ConfigurationError(f"header {copies[0]!r} would have a schedule delivered at once")
     [(exchange, key)] = composed.pairs
     at, seconds = composed.wait.at, composed.wait.seconds()
-    due = at.astimezone(timezone.utc) if at else _now() + timedelta(seconds=seconds)
+    due = at.astimezone(timezone.utc) if at and seconds else _now() + timedelta(seconds=seconds)
     hold = Hold(at=due, id=uuid.uuid4().hex, exchange=exchange, key=key)
     with_ours = copy.copy(composed.properties)
     with_ours.headers = {**(with_ours.headers or {}), **hold.headers()}

@@ -105,7 +105,9 @@ def test_what_is_due_already_comes_at_once(producer: Sender, mailbox: Mailbox) -
     """A time in the past is now."""
     producer.schedule_hello("past", _at=now() - timedelta(days=1))
     producer.schedule_hello("now", _delay=0)
-    assert ["now", "past"] == sorted(delivered(mailbox, 2))
+    east = timezone(timedelta(hours=9))
+    producer.schedule_hello("long ago", _at=datetime.min.replace(tzinfo=east))
+    assert ["long ago", "now", "past"] == sorted(delivered(mailbox, 3))
 
 
 def test_a_schedule_is_built_like_a_message(broker_url: str, mailbox: Mailbox) -> None:
@@ -293,12 +295,15 @@ def test_schedules_outlive_the_broker(node: Node, broker_url: str, keeping: Any,
     """What is due later comes then, what was due meanwhile at once; one can still be cancelled."""
     # Given
     with Sender() as producer:
-        producer.schedule_hello("meanwhile", _delay=1.0)
         later = producer.schedule_hello("later", _delay=20.0)
         never = producer.schedule_hello("never", _delay=20.0)
+        meanwhile = producer.schedule_hello("meanwhile", _delay=3.0)
+    # RabbitMQ 3.10.8, killed within a second after a quorum queue was declared, has forgotten
+    # what is in it, though it was confirmed.
+    wait_until(lambda: now() > meanwhile.due - timedelta(seconds=1.2))
     # When
     getattr(node, how)()
-    wait_until(lambda: now() > later.due - timedelta(seconds=18))
+    wait_until(lambda: now() > meanwhile.due)
     node.start()
     # Then
     connection = pika.BlockingConnection(pika.URLParameters(broker_url))
@@ -320,11 +325,14 @@ def test_the_queue_of_a_schedule_goes_after_it(
     broker_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody has to tidy up."""
+    """Nobody has to tidy up, nor in the list."""
     monkeypatch.setattr(schedules, "LINGER_SECONDS", 1.0)
     producer.schedule_hello("short", _delay=0.2)
     assert ["short"] == delivered(mailbox, 1)
     wait_until(lambda: not holding_queues(node, broker_url))
+    ledger = "postage-schedules-1"
+    declare = mailbox.channel.queue_declare
+    wait_until(lambda: declare(ledger, passive=True).method.message_count == 0)
 
 
 # ------------------------------------------------------------------------------ looking
