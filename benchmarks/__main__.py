@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import broker, calling, consuming, embedded, publishing, reporting
+from benchmarks import broker, calling, consuming, delaying, embedded, publishing, reporting
 from benchmarks.measuring import Result, Workload, run
 
 #: How often each case is measured, and how much of the full work it does.
@@ -73,6 +73,7 @@ def _workloads(scale: float) -> list[Workload]:
         *consuming.workloads(scale),
         *calling.workloads(scale),
         *embedded.workloads(scale),
+        *delaying.workloads(scale),
     ]
 
 

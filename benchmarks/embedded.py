@@ -91,12 +91,12 @@ def _pair_in_child(work: Work, url: str) -> Sample:
 
 
 def _embedded(work: Work, _url: str) -> Sample:
-    with _broker(work.is_quorum) as (url, _):
+    with running(work.is_quorum) as (url, _):
         return _pair_in_child(work, url)
 
 
 @contextlib.contextmanager
-def _broker(store: bool = False) -> Iterator[tuple[str, int]]:
+def running(store: bool = False) -> Iterator[tuple[str, int]]:
     """Run a broker in a process of its own. Yields its URL and its process id."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "store") if store else ""
@@ -112,7 +112,7 @@ def _broker(store: bool = False) -> Iterator[tuple[str, int]]:
 
 
 def _memory(count: int, _url: str) -> Sample:
-    with _broker() as (url, pid):
+    with running() as (url, pid):
         process = psutil.Process(pid)
         in_child(fill, url, 1_000)
         before = process.memory_info().rss

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import pika
 
 from postage import debugging
-from postage.delay import Wait
+from postage.delay import Goal, Wait
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import ClosedError, ConfigurationError, DecodeError, PostageError
 from postage.futures import Future
@@ -82,6 +82,7 @@ class GenericConsumer:
         ConnectionFailedError: There was no broker in time, or it refused the login.
         QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
         ChannelClosedError: The broker refuses a declaration otherwise.
+        ConnectionLostError: The broker closes the connection over a declaration.
     """
 
     encoder_class: ClassVar[type[Encoder]] = JsonEncoder
@@ -372,6 +373,7 @@ class GenericConsumer:
         mandatory: bool,
         timeout: float = PUBLISH_TIMEOUT,
         delay: float = 0.0,
+        is_bound: bool = False,
     ) -> Future[None]:
         """Publish straight to a queue, and return a future for the confirm.
 
@@ -404,9 +406,35 @@ class GenericConsumer:
             confirm=True,
             deadline=time.monotonic() + timeout,
             settled=settled,
-            aim=Wait(delay).begin(mandatory) if delay else None,
+            aim=Wait(delay).begin(mandatory, is_bound) if delay else None,
         )
         publisher.hub.call(lambda: publisher.send([publishing]))
+        return future
+
+    def bind_for_delays(self, queue: str) -> Future[None]:
+        """Bind an exclusive queue of this consumer, so that delayed messages get to it.
+
+        Args:
+            queue: Its real name. Then `publish()` takes ``is_bound``.
+        """
+        self._check()
+        connection = self._connection
+        future: Future[None] = Future(connection.hub.wait, connection.hub.nudge)
+        goal = Goal(queue)
+
+        def bind() -> None:
+            if connection.knows(goal):
+                future.set(None)
+            else:
+                connection.declare(goal, done, PUBLISH_TIMEOUT)
+
+        def done(_result: Any, error: PostageError | None) -> None:
+            if error is None:
+                future.set(None)
+            else:
+                future.fail(error)
+
+        connection.hub.call(bind)
         return future
 
     # ----------------------------------------------------------------------- the end

@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import contextvars
 
+from postage.headers import CAUSATION, CONVERSATION
 from postage.transport.subscriber import Delivery
-
-#: Header: the id of the message whose handler sent this one.
-CAUSATION = "postage-causation-id"
-#: Header: the id of the conversation, in an RPC request, whose own correlation id is the call's.
-CONVERSATION = "postage-correlation-id"
 
 _delivery: contextvars.ContextVar[Delivery | None] = contextvars.ContextVar(
     "delivery", default=None
@@ -30,6 +26,19 @@ def current_delivery() -> Delivery | None:
 def enter(delivery: Delivery) -> None:
     """Say what is handled in this context."""
     _delivery.set(delivery)
+
+
+def lineage() -> tuple[str | None, dict[str, str]]:
+    """Return what a message takes over that is sent here.
+
+    Returns:
+        The id of the conversation, and a header that names the message whose handler runs.
+    """
+    delivery = current_delivery()
+    if delivery is None:
+        return None, {}
+    cause = delivery.message_id
+    return conversation_of(delivery), {CAUSATION: str(cause)} if cause else {}
 
 
 def conversation_of(delivery: Delivery) -> str | None:

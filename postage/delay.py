@@ -53,7 +53,7 @@ _BIT = "postage-bit-"
 BIT = _BIT + "{:02}"
 TO_EXCHANGE, TO_QUEUE = "postage-exchange", "postage-queue"
 #: What is of no use in a message that is published again: see `stripped()`.
-_LEFTOVERS = frozenset({"x-death", TO_EXCHANGE, TO_QUEUE})
+_LEFTOVERS = frozenset({"x-death", "x-delivery-count", TO_EXCHANGE, TO_QUEUE})
 _LEFTOVERS_BEGIN = (_BIT, "x-first-death-", "x-last-death-")
 #: The names of the levels, of their exchanges and of their queues.
 LEVEL = "postage-delay-{:02}"
@@ -201,6 +201,7 @@ class Delayed:
 
     goal: ExchangeSpec | str
     level: int
+    is_bound: bool = False  # somebody else sees to it: see `Goal`
 
     @property
     def lasts_seconds(self) -> float:
@@ -220,17 +221,39 @@ class Delayed:
 
     def parts(self) -> Iterator[Declarable]:
         """Yield what has to be there, in the order in which it is declared."""
-        unroutable = _queue(UNROUTABLE.name)
-        yield from (UNROUTABLE, unroutable, Link(UNROUTABLE.name, unroutable.name), GOAL)
+        yield from _end()
         for level in range(self.level + 1):
             yield from _level(level)
         if isinstance(self.goal, str):
-            yield Link(GOAL.name, self.goal, TO_QUEUE, self.goal, lasts_seconds=RENEWAL)
+            if not self.is_bound:
+                yield _link_to(self.goal)
             return
         last = _last_queue()
         yield from (LAST, last, Link(GOAL.name, last.name, TO_EXCHANGE), self.goal)
         name = self.goal.name
         yield Link(LAST.name, name, TO_EXCHANGE, name, True, RENEWAL)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A queue at the end of the cascade, to be bound by the connection that it is exclusive to."""
+
+    queue: str
+    lasts_seconds: float = RENEWAL
+
+    def parts(self) -> Iterator[Declarable]:
+        """Yield what has to be there, in the order in which it is declared."""
+        yield from _end()
+        yield _link_to(self.queue)
+
+
+def _end() -> Iterator[Declarable]:
+    unroutable = _queue(UNROUTABLE.name)
+    yield from (UNROUTABLE, unroutable, Link(UNROUTABLE.name, unroutable.name), GOAL)
+
+
+def _link_to(queue: str) -> Link:
+    return Link(GOAL.name, queue, TO_QUEUE, queue, lasts_seconds=RENEWAL)
 
 
 def _level(level: int) -> Iterator[Declarable]:
@@ -290,9 +313,9 @@ class Wait:
         """Return the seconds that are left."""
         return seconds_of(self.delay, self.at, datetime.now(timezone.utc))
 
-    def begin(self, mandatory: bool) -> Due:
+    def begin(self, mandatory: bool, is_bound: bool = False) -> Due:
         """Return when a message is due that is sent now."""
-        return Due(time.monotonic() + self.seconds(), mandatory)
+        return Due(time.monotonic() + self.seconds(), mandatory, is_bound)
 
 
 @dataclass(frozen=True)
@@ -305,26 +328,25 @@ class Due:
 
     time: float
     mandatory: bool
+    is_bound: bool = False
 
     def __call__(self, publishing: Publishing) -> None:
         """Lead a publishing into the cascade, or straight to its exchange if it is due."""
         steps = steps_of(max(0.0, self.time - time.monotonic()))
-        properties = copy.copy(publishing.properties)
-        properties.headers = stripped(properties.headers)
-        publishing.preparation, publishing.via = publishing.exchange, publishing.exchange.name
-        publishing.mandatory = self.mandatory
+        exchange = publishing.exchange
+        headers = stripped(publishing.properties.headers)
+        publishing.properties = properties = copy.copy(publishing.properties)
         if steps:
-            exchange = publishing.exchange
-            delayed = Delayed(publishing.key if exchange.is_default else exchange, _level_of(steps))
-            properties.headers |= delayed.headers(steps)
+            goal = publishing.key if exchange.is_default else exchange
+            delayed = Delayed(goal, steps.bit_length() - 1, self.is_bound)
+            headers |= delayed.headers(steps)
             properties.expiration = None  # it would leave the first queue then
             publishing.preparation, publishing.via = delayed, delayed.exchange
             publishing.mandatory = True  # every level has a queue, unless somebody deleted it
-        publishing.properties = properties
-
-
-def _level_of(steps: int) -> int:
-    return steps.bit_length() - 1
+        else:
+            publishing.preparation, publishing.via = exchange, exchange.name
+            publishing.mandatory = self.mandatory
+        properties.headers = headers or None
 
 
 #: The headers that are added at most, beside the name of the goal.

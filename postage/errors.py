@@ -24,6 +24,7 @@ Errors say that something went wrong and share one root::
         └── PublishError            a message was not, or perhaps not, delivered
             ├── UnroutableError     no queue is bound to the key
             ├── NackedError         the broker refused to store it
+            ├── PublishRefusedError the broker refused to take it (also a ChannelClosedError)
             ├── BrokerBlockedError  held back by an alarm, certainly not sent
             ├── PublishTimeoutError still waiting for a connection, certainly not sent
             ├── PublishUnknownError sent, and the confirm never came
@@ -52,6 +53,8 @@ ACCESS_REFUSED = 403
 NOT_FOUND = 404
 RESOURCE_LOCKED = 405
 PRECONDITION_FAILED = 406
+#: The lowest of those that end the whole connection for something that was asked.
+HARD_ERRORS = 500
 
 
 class PostageError(Exception):
@@ -109,7 +112,31 @@ class ConnectionFailedError(TransportError):
 
 
 class ConnectionLostError(TransportError):
-    """Raised when the connection went away in the middle of an operation."""
+    """Raised when the connection went away in the middle of an operation.
+
+    Args:
+        reason: Why, for people.
+        code: The AMQP reply code, such as 320, if the broker closed it.
+        attempt: What was attempted, if the broker closed it for that.
+    """
+
+    def __init__(self, reason: str = "", code: int | None = None, attempt: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+        self.attempt = attempt
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the broker closed it for something that it was asked.
+
+        So it does for what AMQP calls a hard error (0-9-1, 1.5). Those with lower codes, as 320,
+        are for its own reasons, or for what could not happen in a question.
+        """
+        return self.code is not None and self.code >= HARD_ERRORS
+
+    def __str__(self) -> str:
+        return f"{self.attempt}: {self.reason}" if self.attempt else self.reason
 
 
 class ForkedError(TransportError):
@@ -140,7 +167,8 @@ class ChannelClosedError(TransportError):
     def __str__(self) -> str:
         head = f"{self.attempt}: " if self.attempt else ""
         tail = f". {self.advice}" if self.advice else ""
-        return f"{head}the broker answered {self.code} {self.text}{tail}"
+        text = self.text.removesuffix(".") if tail else self.text
+        return f"{head}the broker answered {self.code} {text}{tail}"
 
 
 class MismatchError(ChannelClosedError):
@@ -183,16 +211,28 @@ class UnroutableError(PublishError):
     @property
     def fact(self) -> str:
         """What happened, without what to do about it."""
-        pairs = ", ".join(f"exchange {name!r} key {key!r}" for name, key in self.failed)
+        # The default exchange: every queue is bound to it by its name, and nothing else is.
+        absent = ", ".join(repr(key) for name, key in self.failed if not name)
+        pairs = ", ".join(f"exchange {name!r} key {key!r}" for name, key in self.failed if name)
+        facts = [f"there is no queue {absent}"] if absent else []
+        facts += [f"no queue is bound to {pairs}"] if pairs else []
         others = f"; delivered to {len(self.delivered)} other pair(s) of the same call"
-        return f"no queue is bound to {pairs}" + (others if self.delivered else "")
+        return " and ".join(facts) + (others if self.delivered else "")
 
     def __str__(self) -> str:
-        return f"{self.fact}. Start the component that binds it, or send with _mandatory=False"
+        verb = "binds" if any(name for name, _ in self.failed) else "declares"
+        return f"{self.fact}. Start the component that {verb} it, or send with _mandatory=False"
 
 
 class NackedError(PublishError):
     """Raised when the broker refused to store a message, for instance in a full queue."""
+
+
+class PublishRefusedError(ChannelClosedError, PublishError):
+    """Raised when the broker refused to take a message, and closed the channel over it.
+
+    As from a user who may not write (403), or a message that is too large (406).
+    """
 
 
 class BrokerBlockedError(PublishError):

@@ -37,33 +37,28 @@ from postage.context import current_delivery, enter
 from postage.dedupe import Dedupe, Done
 from postage.errors import (
     AckAndRestart,
-    ChannelClosedError,
     DecodeError,
-    EncodingError,
     ExitScheduler,
     FilterError,
     PostageError,
-    QueueMismatchError,
     RejectMessage,
     Retry,
     printable,
 )
 from postage.futures import Future
 from postage.handlers import MessageHandler, MessageHandlerType, Registration
+from postage.headers import HANDLER
 from postage.health import ComponentHealth, Incident, incident, latest, parts_of
 from postage.messages import MessageResultError, MessageResultException
-from postage.microthreads import MicroScheduler, MicroThread, sleep
+from postage.microthreads import MicroScheduler, MicroThread
+from postage.moving import Mover
 from postage.outbox import Outbox
-from postage.parking import parked_properties
-from postage.retry import HANDLER, RetryPolicy, attempt_of, retried
+from postage.retry import Failure, RetryPolicy
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
-from postage.settings import adopt_on_mismatch
-from postage.topology import Eqk, error_queue
-from postage.transport.conversation import Script, declare_queue
+from postage.topology import Eqk
 from postage.transport.subscriber import Delivery
 
 if TYPE_CHECKING:
-    from pika.channel import Channel
 
     from postage.workers import EventLoop, WorkerPool
 
@@ -74,8 +69,6 @@ logger = logging.getLogger(__name__)
 #: Seconds after which a handler in a thread or a coroutine is trusted not to crash the process,
 #: and messages beside its own are delivered ahead: it may wait for one of them.
 TRUST_AFTER = 1.0
-#: Seconds before a message that could not be parked is given back to its queue.
-PARK_RETRY = 1.0
 
 
 class Fate(enum.Enum):
@@ -87,23 +80,6 @@ class Fate(enum.Enum):
     STOP = "stop"  # ack, and the microthread ends
     EXIT = "exit"  # ack, and the scheduler ends
     RESTART = "restart"  # ack, and the program starts anew
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A handler that failed.
-
-    Attributes:
-        handler: Its name, if it is not the only one of its message.
-        error: What it raised.
-        attempt: Which attempt that was.
-        pause: Seconds until the next one; None: the message is parked.
-    """
-
-    handler: str | None
-    error: Exception
-    attempt: int
-    pause: float | None
 
 
 @dataclass(frozen=True)
@@ -194,7 +170,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         )
         self._handled = self._failed = 0
         self._incident: Incident | None = None
-        self._error_queues: set[str] = set()
+        self._mover = Mover(self.consumer, fingerprint)
         self._farewell: tuple[Delivery, Verdict] | None = None
         self._stopping = False
         self._ended = False
@@ -549,7 +525,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     ) -> Failure:
         """Note that a handler failed, and decide what becomes of its message."""
         policy = registration.retry or self.retry_by_type.get(body["type"]) or self.retry
-        attempt = attempt_of(delivery.headers)
+        attempt = delivery.attempt
         if not isinstance(error, Retry):
             self._note_failure(error)
             self.on_error(delivery, error)
@@ -838,12 +814,12 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             logger.error("no restart: the new code cannot be compiled: %s", obstacle)
             verdict = ACK
         for failure in verdict.failures:
-            if not (yield from self._send_away(delivery, failure)):
+            if not (yield from self._mover.move(delivery, failure)):
                 return  # it was given back, and comes again as a whole
         if verdict.fate is Fate.PARK:
             if verdict.error is not None:
                 self.on_error(delivery, verdict.error)
-            if (yield from self._park(delivery, verdict)):
+            if (yield from self._mover.park(delivery, verdict.reason, verdict.error)):
                 self.consumer.ack(delivery)
         elif verdict.fate is Fate.REJECT:
             self.consumer.reject(delivery, requeue=False)
@@ -852,94 +828,6 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             self._inbox.notify()
         else:
             self.consumer.ack(delivery)
-
-    def _send_away(self, delivery: Delivery, failure: Failure) -> Generator[Any, Any, bool]:
-        """Send a copy of a message to where it waits for its next attempt, or park it."""
-        if failure.pause is not None:
-            try:
-                yield self._retry(delivery, failure, failure.pause)
-            except (ChannelClosedError, EncodingError) as error:
-                logger.error("no retry of a message from %r: %s", delivery.queue.name, error)
-            except PostageError as error:
-                yield from self._give_back(delivery, f"could not retry a message ({error})")
-                return False
-            else:
-                logger.warning(
-                    "attempt %d at a message from %r failed, again in %.1f s: %s: %s",
-                    failure.attempt,
-                    delivery.queue.name,
-                    failure.pause,
-                    type(failure.error).__name__,
-                    printable(failure.error),
-                )
-                return True
-        return (yield from self._park(delivery, Verdict(Fate.PARK, "failed", failure.error)))
-
-    def _retry(self, delivery: Delivery, failure: Failure, pause: float) -> Future[None]:
-        """Send a copy of a message that comes back after a pause.
-
-        Raises:
-            EncodingError: Its headers are so large that ours do not fit in beside them.
-        """
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        properties = retried(delivery.properties, failure.attempt, failure.handler, now)
-        queue = self.consumer.subscriber.topology.name_of(delivery.queue)
-        return self.consumer.publish(
-            queue, delivery.body, properties, mandatory=True, delay=pause
-        )
-
-    def _give_back(self, delivery: Delivery, trouble: str) -> Generator[Any, Any, None]:
-        """Have the broker deliver a message again, after a pause that keeps it from spinning."""
-        logger.error("%s from %r and give it back", trouble, delivery.queue.name)
-        yield sleep(PARK_RETRY)
-        self.consumer.reject(delivery, requeue=True)
-
-    def _park(self, delivery: Delivery, verdict: Verdict) -> Generator[Any, Any, bool]:
-        """Copy a message to its error queue, and tell whether the broker has it there."""
-        queue = delivery.queue.error_queue or "error"
-        why = f"{verdict.reason}: {printable(verdict.error)}"
-        properties = parked_properties(delivery, verdict.reason, verdict.error, self.fingerprint)
-        try:
-            if queue not in self._error_queues:
-                yield self._declare_error_queue(queue)
-                self._error_queues.add(queue)
-            yield self.consumer.publish(queue, delivery.body, properties, mandatory=True)
-        except PostageError as error:
-            logger.error(
-                "could not park a message from %r (%s) and gives it back: %s",
-                delivery.queue.name,
-                why,
-                error,
-            )
-            self._error_queues.discard(queue)
-            yield sleep(PARK_RETRY)
-            self.consumer.reject(delivery, requeue=True)
-            return False
-        else:
-            logger.error(
-                "parked a message from %r in %r: %s",
-                delivery.queue.name,
-                queue,
-                why,
-                exc_info=verdict.error if verdict.reason == "failed" else None,
-            )
-            return True
-
-    def _declare_error_queue(self, name: str) -> Future[None]:
-        future: Future[None] = Future(self._hub.wait, self._hub.nudge)
-
-        def script(channel: Channel) -> Script[str]:
-            return (yield from declare_queue(channel, error_queue(name)))
-
-        def done(_result: Any, error: PostageError | None) -> None:
-            if error is None or (isinstance(error, QueueMismatchError) and adopt_on_mismatch()):
-                future.set(None)
-            else:
-                future.fail(error)
-
-        connection = self.consumer.conn_broker
-        self._hub.call(lambda: connection.probe(script, done, PUBLISH_TIMEOUT))
-        return future
 
     def _reply(self, delivery: Delivery, body: bytes) -> Future[None]:
         return self.consumer.reply(delivery.properties, body, _patience(delivery))

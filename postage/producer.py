@@ -24,6 +24,7 @@ import pika
 from postage import debugging, schedules
 from postage import outbox as outboxes
 from postage.batch import Batch
+from postage.context import lineage
 from postage.delay import MOST_HEADERS, Wait, plain_seconds
 from postage.encoders import Encoder, JsonEncoder
 from postage.errors import (
@@ -34,6 +35,7 @@ from postage.errors import (
 )
 from postage.fingerprint import Fingerprint
 from postage.futures import Future, refuse_in_coroutine
+from postage.headers import CONVERSATION
 from postage.health import Health
 from postage.messages import (
     Message,
@@ -82,7 +84,6 @@ _PROPERTIES = frozenset({"_headers", "_message_id", "_mandatory", "_persistent",
 #: What is not for RPC: a request lasts as long as its caller waits, and has an id of its own.
 _DELAYS = frozenset({"_delay", "_at"})
 _NOT_FOR_RPC = _DELAYS | {"_ttl", "_correlation_id"}
-_IDS = frozenset({"_message_id", "_correlation_id"})
 _MESSAGE_KEYWORDS = (
     _ROUTING | _PROPERTIES | _NOT_FOR_RPC | {"_confirm", "_timeout", "_future", "_outbox"}
 )
@@ -117,27 +118,27 @@ class GenericProducer:
 
     All of them take, beside the arguments of the message:
 
-    =================  ==============================================================
-    ``_key``           another routing key, to the first exchange of `eks`
-    ``_eks``           other pairs; wins over ``_key``
-    ``_queue``         one queue, by its name, instead
-    ``_timeout``       seconds: until the confirm, or for each attempt of an RPC call
-    ``_future``        True: return at once, with a future
-    ``_headers``       a dict of AMQP headers
-    ``_message_id``    an id of your own
+    ===================  ===============================================================
+    ``_key``             another routing key, to the first exchange of `eks`
+    ``_eks``             other pairs; wins over ``_key``
+    ``_queue``           one queue, by its name, instead
+    ``_timeout``         seconds: until the confirm, or for each attempt of an RPC call
+    ``_future``          True: return at once, with a future
+    ``_headers``         a dict of AMQP headers
+    ``_message_id``      an id of your own
     ``_correlation_id``  an id that belongs to something else; not for RPC
-    ``_priority``      0 to 255, for queues that know priorities
-    ``_delay``         seconds or a timedelta that it waits in the broker; not for RPC
-    ``_at``            a datetime with a time zone until which it waits there; not for RPC
-    ``_ttl``           seconds or a timedelta after which it is given up; not for RPC, and
-                       not with ``_delay`` or ``_at``
-    ``_mandatory``     for this message only, instead of the attribute `mandatory`
-    ``_persistent``    the same for `persistent`
-    ``_confirm``       the same for `confirm`; not for RPC, which waits for more
-    ``_outbox``        the same for `outbox`; not for RPC, which never waits there
-    ``_max_retry``     RPC: how often an unanswered request is sent again
-    ``_queue_only``    RPC: as ``rpc_queue_x``
-    =================  ==============================================================
+    ``_priority``        0 to 255, for queues that know priorities
+    ``_delay``           seconds or a timedelta that it waits in the broker; not for RPC
+    ``_at``              a datetime with a time zone until which it waits there; not for RPC
+    ``_ttl``             seconds or a timedelta after which it is given up; not for RPC, and
+                         not with ``_delay`` or ``_at``
+    ``_mandatory``       for this message only, instead of the attribute `mandatory`
+    ``_persistent``      the same for `persistent`
+    ``_confirm``         the same for `confirm`; not for RPC, which waits for more
+    ``_outbox``          the same for `outbox`; not for RPC, which never waits there
+    ``_max_retry``       RPC: how often an unanswered request is sent again
+    ``_queue_only``      RPC: as ``rpc_queue_x``
+    ===================  ===============================================================
 
     A producer connects when it first sends. It may be used by many threads, and on both
     sides of a fork.
@@ -442,12 +443,15 @@ class GenericProducer:
             timeout = _seconds("rpc_timeout", self.rpc_timeout)
         body = self._encode(message.body)
         _show(body, pairs)
+        conversation, headers = lineage()
+        if conversation is not None:
+            headers[CONVERSATION] = conversation  # the correlation id is that of the call
         return Request(
             exchange.spec(),
             key,
             body,
             {
-                **self._properties(special, pairs),
+                **self._properties(special, pairs, headers),
                 "delivery_mode": 2 if special.get("_persistent") else 1,  # it is sent again
             },
             timeout=float(timeout),
@@ -555,12 +559,21 @@ class GenericProducer:
         special: Mapping[str, Any] | None = None,
         pairs: Sequence[tuple[Any, str]] = (),
     ) -> pika.BasicProperties:
-        return pika.BasicProperties(**self._properties(special or {}, pairs))
+        special = special or {}
+        conversation, headers = lineage()
+        return pika.BasicProperties(
+            **self._properties(special, pairs, headers),
+            correlation_id=_correlation_id_of(special) or conversation,
+            expiration=_expiration_of(special),
+        )
 
     def _properties(
-        self, special: Mapping[str, Any], pairs: Sequence[tuple[Any, str]]
+        self,
+        special: Mapping[str, Any],
+        pairs: Sequence[tuple[Any, str]],
+        headers: Mapping[str, Any],
     ) -> dict[str, Any]:
-        headers = special.get("_headers")
+        headers = {**headers, **(special.get("_headers") or {})}
         message_id = special.get("_message_id") or new_message_id()
         persistent = special.get("_persistent", self.persistent)
         name = self.fingerprint.get("name")
@@ -572,11 +585,9 @@ class GenericProducer:
             "app_id": str(name) if name is not None else None,
             "headers": dict(headers) if headers else None,
             "priority": _priority_of(special),
-            "correlation_id": _correlation_id_of(special),
-            "expiration": _expiration_of(special),
         }
         doubtful = any(len(key) > _SHORT for _exchange, key in pairs) or len(str(name)) > _SHORT
-        if headers or doubtful or not _IDS.isdisjoint(special):
+        if headers or doubtful or "_message_id" in special:
             if not _DELAYS.isdisjoint(special):  # there must be room for what they add
                 headers = {**(headers or {}), **MOST_HEADERS}
             checked = pika.BasicProperties(**{**properties, "headers": headers})
@@ -718,11 +729,15 @@ def _correlation_id_of(special: Mapping[str, Any]) -> str | None:
     value = special.get("_correlation_id")
     if value is None:
         return None
-    if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > 255:
+    try:
+        fits = isinstance(value, str) and len(value.encode()) <= 255
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
         raise ConfigurationError(
-            f"_correlation_id is {value!r:.60}: give a string of at most 255 bytes"
+            f"_correlation_id is {value!r:.60}: give a string of at most 255 bytes of UTF-8"
         )
-    return value
+    return str(value)
 
 
 def _seconds(what: str, value: Any, negative: bool = False) -> float:

@@ -9,7 +9,6 @@ unacknowledged while it waits, and an instance that dies loses none.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +16,8 @@ from typing import Any
 import pika
 
 from postage.errors import ConfigurationError, PermanentError, Retry
-
-#: Header: which attempt at the message this delivery is. Absent: the first.
-ATTEMPT = "postage-attempt"
-#: Header: the only handler that is to run, where several handle the message.
-HANDLER = "postage-handler"
-#: Header: when the first attempt failed.
-FIRST_FAILURE = "postage-first-failure"
+from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER, ORIGIN_EXCHANGE, ORIGIN_KEY
+from postage.parking import clean_headers, sendable
 
 
 @dataclass(frozen=True)
@@ -103,14 +97,29 @@ class RetryPolicy:
         return self.pause(attempt, chance)
 
 
-def attempt_of(headers: dict[str, Any] | None) -> int:
-    """Return which attempt a delivery is, by its headers. Nonsense of others counts as none."""
-    value = (headers or {}).get(ATTEMPT)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 1
+@dataclass(frozen=True)
+class Failure:
+    """A handler that failed.
+
+    Attributes:
+        handler: Its name, if it is not the only one of its message.
+        error: What it raised.
+        attempt: Which attempt that was.
+        pause: Seconds until the next one; None: the message is parked.
+    """
+
+    handler: str | None
+    error: Exception
+    attempt: int
+    pause: float | None
 
 
 def retried(
-    properties: pika.BasicProperties, attempt: int, handler: str | None, now: str
+    properties: pika.BasicProperties,
+    attempt: int,
+    handler: str | None,
+    origin: tuple[str, str],
+    now: str,
 ) -> pika.BasicProperties:
     """Return the properties of the next attempt at a message.
 
@@ -118,20 +127,19 @@ def retried(
         properties: Those of the attempt that failed.
         attempt: Which one that was.
         handler: The only one to run again, if several handle the message.
+        origin: By which exchange and key the first one came.
         now: The time, in case that this was the first failure.
     """
-    headers = dict(properties.headers or {})
-    # A message that is published again with the broker's record of its dead letterings
-    # would be taken for one that goes in circles, and dropped in silence.
-    headers.pop("x-death", None)
+    first = (properties.headers or {}).get(FIRST_FAILURE)
+    headers = clean_headers(properties.headers)
     headers[ATTEMPT] = attempt + 1
-    if not isinstance(headers.get(FIRST_FAILURE), str):
-        headers[FIRST_FAILURE] = now
+    headers[ORIGIN_EXCHANGE], headers[ORIGIN_KEY] = origin
+    headers[FIRST_FAILURE] = first if isinstance(first, str) else now
     if handler is not None:
         headers[HANDLER] = handler
-    again = copy.copy(properties)
+    # It was taken in time; an expiration would also make it leave its delay too early.
+    again = sendable(properties, expiration=None)
     again.headers = headers
-    again.expiration = None  # it was taken in time, and would leave its delay too early
     return again
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from postage.messaging import MessageHandler, MessageProcessor, RpcHandler
+from postage.retry import RetryPolicy
 from postage.transport.publisher import encoded_size
 from tests.programs_for_tests.components import (
     Running,
@@ -73,6 +75,8 @@ UNREADABLE = {
 class Component(MessageProcessor):
     """A component that notes what it handled."""
 
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
+
     def __init__(self, *queues: Any) -> None:
         self.log: list[Any] = []
         super().__init__({"name": "tested", "pid": 12}, eqk_of(*(queues or ("q",))))
@@ -110,10 +114,10 @@ def send_last(channel: BlockingChannel, processor: Any, queue: str = "q") -> Non
 
 
 def assert_readable(headers: dict[str, Any]) -> None:
-    """Our own headers are texts, which a person can read."""
+    """Our own headers are texts and numbers, which a person can read."""
     own = {name: value for name, value in headers.items() if name.startswith("postage-")}
 
-    assert {} == {name: value for name, value in own.items() if not isinstance(value, str)}
+    assert {} == {name: value for name, value in own.items() if not isinstance(value, (str, int))}
     assert {
         "postage-reason",
         "postage-queue",
@@ -451,9 +455,15 @@ def test_a_message_is_not_lost_while_the_error_queue_cannot_be_declared(
     """It is given back until somebody has mended that, and others are handled meanwhile."""
     channel.queue_declare("plain.error", durable=True, arguments={"x-max-length": 5})
 
+    def attempts(level: int) -> int:
+        told = [each for each in caplog.records if "could not park" in each.getMessage()]
+        return sum(each.levelno == level for each in told)
+
+    caplog.set_level(logging.DEBUG, "postage.processor")
     with Running(own := Component(PLAIN_QUEUE)):
         send(channel, b"no JSON", "plain")
-        wait_until(lambda: caplog.text.count("could not park a message from 'plain'") >= 2)
+        wait_until(lambda: attempts(logging.DEBUG) >= 1)
+        assert 1 == attempts(logging.ERROR)
         send_last(channel, own, "plain")
         channel.queue_delete("plain.error")
         # Not before: RabbitMQ answers 541 to a basic.get of a queue that it is about to make.

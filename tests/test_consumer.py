@@ -519,7 +519,7 @@ def test_an_exchange_of_another_type_is_an_error_that_says_so(
 
 def test_a_passive_queue_that_does_not_exist_is_an_error(broker_url: str) -> None:
     """It is only looked for."""
-    with pytest.raises(ChannelClosedError, match=r"404 .*does not exist"):
+    with pytest.raises(ChannelClosedError, match=r"404 .*start who declares it first"):
         GenericConsumer([(Letters, [(Queue("missing", passive=True), "post")])])
 
 

@@ -83,6 +83,15 @@ def test_a_closed_channel_says_what_was_attempted_and_what_to_do() -> None:
     assert "the broker answered 404 NOT_FOUND" == str(errors.ChannelClosedError(404, "NOT_FOUND"))
 
 
+def test_a_refused_message_is_an_error_of_publishing() -> None:
+    """`except PublishError` catches it, and so does what looks for the code."""
+    error = errors.PublishRefusedError(403, "ACCESS_REFUSED", "publish")
+
+    assert isinstance(error, errors.PublishError)
+    assert isinstance(error, errors.ChannelClosedError)
+    assert (403, "publish: the broker answered 403 ACCESS_REFUSED") == (error.code, str(error))
+
+
 def test_an_unroutable_message_lists_the_pairs_without_a_queue() -> None:
     """UnroutableError names the failed pairs, and counts those that were delivered."""
     failed = [("a", "k1"), ("b", "k2")]
@@ -95,6 +104,22 @@ def test_an_unroutable_message_lists_the_pairs_without_a_queue() -> None:
         "_mandatory=False" == str(error)
     )
     assert "delivered" not in str(errors.UnroutableError(failed))
+
+
+def test_an_unroutable_message_to_the_default_exchange_names_the_missing_queue() -> None:
+    """There, a key is the name of a queue, and nobody binds anything."""
+    text = str(errors.UnroutableError([("", "q")]))
+    assert text.startswith("there is no queue 'q'. Start the component that declares it, or")
+
+    fact = errors.UnroutableError([("", "q"), ("", "r"), ("a", "k")]).fact
+    assert "there is no queue 'q', 'r' and no queue is bound to exchange 'a' key 'k'" == fact
+
+
+def test_an_advice_follows_one_full_stop() -> None:
+    """Some words of RabbitMQ end with one, others do not."""
+    error = errors.ChannelClosedError(405, "of the original declaration.", "declare", "Choose")
+
+    assert "declare: the broker answered 405 of the original declaration. Choose" == str(error)
 
 
 def test_a_batch_counts_the_fates_and_tells_the_first_failure() -> None:

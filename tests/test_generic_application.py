@@ -20,6 +20,7 @@ from postage.generic_application import (
     LoggingProducerStub,
 )
 from postage.messaging import Fingerprint, GenericProducer, MessageHandler
+from postage.retry import RetryPolicy
 from tests.nodes import Node
 from tests.programs_for_tests.components import Running, raw_channel, rest_of, take
 from tests.waiting import wait_until
@@ -35,6 +36,8 @@ class Caller(GenericProducer):
 
 class Application(GenericApplication):
     """Notes the parameters of "note", which are the keys that it was reached by."""
+
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
 
     def __init__(self, name: str, pid: int, host: str = "box", groups: Any = ()) -> None:
         self.log: list[str] = []

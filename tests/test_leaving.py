@@ -22,6 +22,7 @@ from postage.messaging import (
     RpcHandler,
 )
 from postage.microthreads import MicroScheduler, sleep
+from postage.retry import RetryPolicy
 from tests.nodes import Node
 from tests.programs import Program
 from tests.programs_for_tests.components import Running, Sender, eqk_of, rest_of
@@ -35,6 +36,8 @@ KINDS = ["generator", "threaded", "async"]
 
 class Working(MessageProcessor):
     """A component whose handlers last until `go_on` is set."""
+
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
 
     def __init__(self, queue: str = "q", grace: float = 30.0) -> None:
         self.grace = grace

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -332,6 +333,95 @@ def test_a_message_can_go_to_one_queue(mailbox: Mailbox, producer: Sender) -> No
     assert ("", mailbox.name, "direct") == (method.exchange, method.routing_key, body["name"])
 
 
+@pytest.mark.parametrize(
+    ("ttl", "expiration"), [(2, "2000"), (61.5, "61500"), (timedelta(minutes=1), "60000")]
+)
+def test_a_message_may_expire(producer: Sender, ttl: Any, expiration: str) -> None:
+    """Its time to live becomes the property `expiration`, in milliseconds."""
+    composed = producer._compose_forward({}, {"_ttl": ttl})
+    assert expiration == composed.properties.expiration
+
+
+def test_a_message_that_nobody_fetched_in_time_is_gone(mailbox: Mailbox, producer: Sender) -> None:
+    """The broker drops it, or dead-letters it where the queue says so."""
+    arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": mailbox.name}
+    mailbox.channel.queue_declare("short-lived", exclusive=True, arguments=arguments)
+    producer.message_echo("late", _queue="short-lived", _ttl=0.05)
+    assert "late" == wait_until(mailbox.parameters)[0]
+    assert 0 == mailbox.channel.queue_declare("short-lived", passive=True).method.message_count
+
+
+def test_a_message_may_have_a_priority_and_a_correlation_id(
+    mailbox: Mailbox, producer: Sender
+) -> None:
+    """However it is sent."""
+    keywords: dict[str, Any] = {"_priority": 7, "_correlation_id": "ü" * 127}
+    producer.message_echo(**keywords)
+    producer.message(**keywords)
+    producer.forward({}, **keywords)
+    producer.message_echo(_priority=None, _correlation_id=None, _ttl=None)
+    with producer.batch() as batch:
+        batch.message_echo(**keywords)
+    found = [mailbox.get()[1] for _ in range(5)]
+    expected = (7, "ü" * 127)
+    assert [expected] * 3 + [(None, None), expected] == [
+        (each.priority, each.correlation_id) for each in found
+    ]
+
+
+def test_a_queue_with_priorities_delivers_the_highest_first(
+    mailbox: Mailbox, producer: Sender
+) -> None:
+    """Those of other queues ignore them."""
+    arguments = {"x-max-priority": 9}
+    mailbox.name = mailbox.channel.queue_declare(
+        "", exclusive=True, arguments=arguments
+    ).method.queue
+    for priority in (1, 9, 5):
+        producer.message_echo(priority, _queue=mailbox.name, _priority=priority)
+    assert [9, 5, 1] == mailbox.parameters()
+
+
+def test_a_request_may_have_a_priority(mailbox: Mailbox, producer: Sender) -> None:
+    """Its correlation id stays its own."""
+    producer.rpc_queue_echo(_priority=7)
+    properties = mailbox.get()[1]
+    assert 7 == properties.priority
+    assert properties.correlation_id
+
+
+@pytest.mark.parametrize(
+    ("keywords", "complaint"),
+    [
+        ({"_ttl": 0}, "_ttl is 0: give at least 0.001 seconds"),
+        ({"_ttl": 0.0004}, "_ttl is 0.0004: give at least 0.001 seconds"),
+        ({"_ttl": 11 * 365 * 86400}, "at most ten years"),
+        ({"_ttl": -1}, "_ttl is -1: give a number of seconds, 0 or more, or a timedelta"),
+        ({"_ttl": float("nan")}, "_ttl is nan"),
+        ({"_ttl": True}, "_ttl is True"),
+        ({"_ttl": "60"}, "_ttl is '60'"),
+        ({"_ttl": 1, "_delay": 1}, "give _ttl, or _delay or _at, but not both"),
+        ({"_ttl": 1, "_at": datetime.now(timezone.utc)}, "give _ttl, or _delay or _at"),
+        ({"_delay": 1, "_at": datetime.now(timezone.utc)}, "give _delay or _at, but not both"),
+        ({"_delay": -0.1}, "_delay is -0.1: give a number of seconds"),
+        ({"_delay": "soon"}, "_delay is 'soon'"),
+        ({"_at": datetime(2999, 1, 1)}, "has no time zone"),
+        ({"_priority": -1}, "_priority is -1: give an int from 0 to 255"),
+        ({"_priority": 256}, "_priority is 256"),
+        ({"_priority": True}, "_priority is True"),
+        ({"_priority": 1.0}, "_priority is 1.0"),
+        ({"_correlation_id": 7}, "_correlation_id is 7: give a string"),
+        ({"_correlation_id": "ü" * 128}, "at most 255 bytes of UTF-8"),
+        ({"_correlation_id": "\ud800"}, "at most 255 bytes of UTF-8"),
+    ],
+)
+def test_a_keyword_that_makes_no_sense_is_refused(keywords: dict[str, Any], complaint: str) -> None:
+    """Before there is a connection, and with what to do about it."""
+    with Sender() as producer:
+        for send in (producer.message_echo, producer.message, partial(producer.forward, {})):
+            assert complaint in complaint_of(partial(send, **keywords), ConfigurationError)
+
+
 @pytest.mark.parametrize("other", [{"_key": "k"}, {"_eks": [(Letters, "k")]}])
 def test_a_queue_and_other_ways_to_address_contradict_each_other(other: dict[str, Any]) -> None:
     """One of them would be ignored."""
@@ -402,7 +492,7 @@ def test_the_keywords_that_a_message_takes_are_named(name: str) -> None:
     complaint = complaint_of(misspelt(Sender())[name], TypeError)
 
     assert f"{name}() got unexpected keyword(s) _kye; those that steer it are " in complaint
-    assert "_confirm, _eks, _future, _headers, _key, _mandatory, _message_id" in complaint
+    assert "_at, _confirm, _correlation_id, _delay, _eks, _future, _headers, _key" in complaint
     assert "_max_retry" not in complaint
 
 

@@ -295,7 +295,9 @@ def test_a_call_that_a_failed_restart_interrupted_is_run_again(
     )
     with Caller() as caller, Program(["-c", program_text, "app"]) as program:
         wait_for_runs(program, 1)
-        reply = caller.rpc_work_and_answer(str(file), _key="app/rr", _timeout=120, _future=True)
+        reply = caller.rpc_work_and_answer(
+            str(file), _key="app/rr", _timeout=120, _max_retry=1, _future=True
+        )
         program.wait_for_line("begun")
         caller.message_restart()
         program.wait_for_line("leaving")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A message whose handler fails is handled again later, as often as its policy says, then parked."""
+"""A message whose handler fails is handled again later, or parked after so many attempts."""
 
 from __future__ import annotations
 
@@ -140,6 +140,12 @@ def test_after_the_last_attempt_it_is_parked(sender: Sender) -> None:
         headers["postage-error"],
     )
     assert 3 == headers["postage-attempts"]
+    assert (TestExchange.name, "q") == (
+        headers["postage-exchange"],
+        headers["postage-routing-key"],
+    )
+    assert "processor.py" not in headers["postage-traceback"]
+    assert "in msg_work" in headers["postage-traceback"]
     first, last = (
         datetime.fromisoformat(headers[name].replace("Z", "+00:00"))
         for name in ("postage-first-failure", "postage-parked-at")

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 
 from postage.breaker import CircuitBreaker
 from postage.errors import ConfigurationError, PermanentError, Retry
-from postage.retry import (
+from postage.headers import (
     ATTEMPT,
     FIRST_FAILURE,
     HANDLER,
-    RetryPolicy,
+    ORIGIN_EXCHANGE,
+    ORIGIN_KEY,
     attempt_of,
-    retried,
+    origin_of,
 )
+from postage.retry import RetryPolicy, retried
 
 MIDDLE = 0.5  # of the jitter: none
 
@@ -125,11 +127,15 @@ def test_the_properties_of_the_next_attempt_count_on() -> None:
     """The time of the first failure stays, as what is the sender's. Nothing changes in place."""
     headers = {"own": 1, "x-death": [{"queue": "q"}]}
     original = pika.BasicProperties(headers=headers, message_id="7", expiration="1000")
-    first = retried(original, 1, None, "noon")
-    assert {"own": 1, ATTEMPT: 2, FIRST_FAILURE: "noon"} == first.headers
+    first = retried(original, 1, None, ("news", "key"), "noon")
+    origin = {ORIGIN_EXCHANGE: "news", ORIGIN_KEY: "key"}
+    assert {"own": 1, ATTEMPT: 2, FIRST_FAILURE: "noon", **origin} == first.headers
+    assert ("news", "key") == origin_of(first.headers, "postage-delay-00", "q")
+    assert ("now", "here") == origin_of(headers, "now", "here")
     assert ("7", None) == (first.message_id, first.expiration)
-    second = retried(first, 2, "msg_echo", "one")
-    assert {"own": 1, ATTEMPT: 3, FIRST_FAILURE: "noon", HANDLER: "msg_echo"} == second.headers
+    second = retried(first, 2, "msg_echo", ("news", "key"), "one")
+    expected = {"own": 1, ATTEMPT: 3, FIRST_FAILURE: "noon", HANDLER: "msg_echo", **origin}
+    assert expected == second.headers
     assert ({"own": 1, "x-death": [{"queue": "q"}]}, "1000") == (headers, original.expiration)
 
 

@@ -8,8 +8,9 @@ What that does to the order: a classic queue puts each message back to its place
 delivers what comes back from a closed channel before all that was never delivered, in the order
 in which it came back. So the order is kept if all of it was taken, and else not: a look at the
 first ten of a hundred that were looked at before leaves them behind the other ninety. Therefore
-a browser always takes all, and the consumers of its pages have tags in alphabetical order, in
-which RabbitMQ gives back what they hold (up to 32 of them; measured with RabbitMQ 3.10.8).
+a browser always takes all, in pages, each by a consumer of its own. RabbitMQ gives back what the
+consumers of a channel hold in the order of their tags, as long as there are at most 32: it keeps
+them in a map of Erlang, which is sorted up to there (measured with RabbitMQ 3.10.8).
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from postage.transport.conversation import Script, attempting
 
 logger = logging.getLogger(__name__)
 
-#: Messages of a page: how many one consumer may hold. RabbitMQ gives a consumer of a quorum
-#: queue never more than this without a prefetch (`basic.qos` 0), so it copes with them.
+#: Messages of a page, which wait here at a time. RabbitMQ gives a consumer of a quorum queue never
+#: more than this without a prefetch (`basic.qos` 0), so it copes with them.
 PAGE = 2000
+#: Pages, so that the order is kept: they are larger where there are many messages.
+PAGES = 32
+#: The largest prefetch that AMQP can write.
+LARGEST_PAGE = 65_535
 #: Seconds without a message after which the queue is asked whether there are any left: another
 #: consumer may have taken them.
 QUIET = 1.0
-#: Seconds without a message, while the queue says that it has some, until that is an error.
-STALL = 30.0
 #: Seconds that a queue is given to count again what came back. A quorum queue hears of a closed
 #: channel a moment after the channel is closed.
 SETTLING = 5.0
@@ -66,8 +69,8 @@ class Browser:
     Args:
         connection: One for consuming; it is connected if need be.
         queue: The name.
-        timeout: Seconds until it must have begun.
-        page: How many messages one consumer may hold.
+        timeout: Seconds that the broker has for an answer, and for a message that is there.
+        page: How many messages one consumer may hold; more, if that would be too many pages.
     """
 
     def __init__(
@@ -153,10 +156,10 @@ class Browser:
                     raise self._failure
             elif not self._ready():
                 return  # others took the rest
-            elif time.monotonic() - quiet_since > STALL:
+            elif time.monotonic() - quiet_since > self._timeout:
                 raise ConnectionLostError(
-                    f"queue {self.queue!r} delivers nothing for {STALL:g} s, though it has "
-                    "messages; another consumer may have it for itself"
+                    f"queue {self.queue!r} delivers nothing for {self._timeout:g} s, though it "
+                    "has messages; another consumer may have it for itself"
                 )
 
     def ack(self, browsed: Browsed) -> None:
@@ -178,8 +181,8 @@ class Browser:
                     prefetch_count=self._page, callback=self._hub.shielded(heard.append)
                 )
 
-        if not self._hub.wait(lambda: bool(heard) or self._over, STALL, first=ask):
-            raise ConnectionLostError(f"queue {self.queue!r}: no answer within {STALL:g} s")
+        if not self._hub.wait(lambda: bool(heard) or self._over, self._timeout, first=ask):
+            raise ConnectionLostError(f"queue {self.queue!r}: no answer in {self._timeout:g} s")
         if not heard:
             raise self._failure or ConnectionLostError("closed")
         self._acked += 1
@@ -193,6 +196,7 @@ class Browser:
         if self._failure is not None:
             return  # nobody waits for it any more
         self.count = answer.method.message_count
+        self._page = min(max(self._page, -(-self.count // PAGES)), LARGEST_PAGE)
         channel.add_on_cancel_callback(self._hub.shielded(self._cancelled))
         self._channel = channel
         self._began = True
@@ -250,4 +254,4 @@ class Browser:
             answer = yield partial(channel.queue_declare, queue=self.queue, passive=True)
             return int(answer.method.message_count)
 
-        return int(self._connection.ask(script, STALL, f"count queue {self.queue!r}"))
+        return int(self._connection.ask(script, self._timeout, f"count queue {self.queue!r}"))

@@ -22,7 +22,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import pika
@@ -159,7 +159,7 @@ class Tenant(Protocol):
 class _Question:
     """A script that somebody wants run on a channel of its own, until it has an answer."""
 
-    __slots__ = ("done", "expires", "script")
+    __slots__ = ("done", "expires", "is_suspect", "script")
 
     def __init__(
         self, script: Callable[[Channel], Script[Any]], done: Done, expires: float | None
@@ -167,6 +167,7 @@ class _Question:
         self.script = script
         self.done = done
         self.expires = expires
+        self.is_suspect = False  # in flight when the broker closed a connection over something
 
 
 def backoff(failures: int, chance: float) -> float:
@@ -210,10 +211,13 @@ class Connection:
         self.losses = self.reconnects = 0
         #: The last trouble, also if it is over.
         self.incident: Incident | None = None
+        #: Why the broker blocks publishers, or did the last time, in its words.
+        self.alarm = ""
         self.amqp: pika.SelectConnection | None = None
         self.users = 0
         self._tenants: list[Tenant] = []
         self._questions: collections.deque[_Question] = collections.deque()
+        self._on_trial: _Question | None = None  # the one suspect that is asked again
         #: What was declared, and until when that is taken for granted.
         self._declared: dict[Declarable | Preparation, float] = {}
         self._hosts: list[_Host] = []
@@ -241,7 +245,9 @@ class Connection:
         """Run a script on a channel of its own, and return its result.
 
         A lost connection in the middle of it runs it again on the next one, so a script
-        must be repeatable, as declarations are.
+        must be repeatable, as declarations are. If the broker closed the connection over
+        something that it was asked, that is done once: the first time it may have been
+        over somebody else's question.
 
         Args:
             script: Takes the channel.
@@ -253,6 +259,7 @@ class Connection:
             ConnectionFailedError: There was no answer in time, or the broker turned the
                 login down.
             ChannelClosedError: The broker refused.
+            ConnectionLostError: It closed the connection over this, twice.
         """
         answer: Future[Any] = Future(self.hub.wait)
         expires = None if timeout is None else time.monotonic() + timeout
@@ -265,15 +272,25 @@ class Connection:
 
         question = _Question(script, done, expires)
         if not self.hub.wait(answer.ready, timeout, first=lambda: self._put(question)):
-            raise ConnectionFailedError(
-                f"{what}: {self.settings} did not answer within {timeout:g} s{self.trouble()}"
-            )
+            raise ConnectionFailedError(f"{what}: {self.overdue(f'within {timeout:g} s')}")
         return answer.result()
+
+    def overdue(self, within: str) -> str:
+        """Return what to say of an answer that did not come in time.
+
+        Args:
+            within: The time, as "within 3 s".
+        """
+        if self._is_up:
+            return f"{self.settings} did not answer {within}{self.trouble()}"
+        failures = dict(self._failures)
+        reason = _reasons(failures, self.settings) if failures else self.last_error
+        return f"no connection to {self.settings} {within}" + (f": {reason}" if reason else "")
 
     def trouble(self) -> str:
         """Return what is known to be wrong, as the end of a sentence."""
         if self.state is State.BLOCKED:
-            return "; an alarm of the broker blocks publishers"
+            return f"; an alarm of the broker blocks publishers ({self.alarm})"
         return f"; {self.last_error}" if self.last_error is not None else ""
 
     def close(self, grace: float = CLOSE_GRACE) -> bool:
@@ -447,8 +464,7 @@ class Connection:
         self._ready_since = time.monotonic()
         for tenant in tuple(self._tenants):
             tenant.connected(amqp)
-        for _ in range(len(self._questions)):
-            self._put(self._questions.popleft())
+        self._put_all()
 
     def _lost(self, amqp: pika.SelectConnection | None, error: BaseException) -> None:
         """Hear that an attempt failed, that the connection is gone, or that it is closed."""
@@ -498,20 +514,14 @@ class Connection:
         is_news = self.last_error is None or refusal not in (None, self._failures.get(self._host))
         self._failures[self._host] = refusal or tls.Refusal(_words(error, self.settings), False)
         is_final = _is_final(error)
-        reasons = self._failures[self._host].words if is_final else self._reasons()
+        if is_final:
+            reasons = self._failures[self._host].words
+        else:
+            reasons = _reasons(self._failures, self.settings)
         if not is_final and self._failures.keys() >= set(self.settings.hosts):
             is_final = all(failure.is_final for failure in self._failures.values())
         trouble = ConnectionFailedError(f"no connection to {self.settings}: {reasons}")
         return trouble, is_news, is_final and not self._was_ready
-
-    def _reasons(self) -> str:
-        """Return why there is no connection: for each host, if there are several."""
-        hosts: dict[str, list[str]] = {}
-        for host, failure in self._failures.items():
-            hosts.setdefault(failure.words, []).append(address_of(*host))
-        if len(self.settings.hosts) == 1:
-            return next(iter(hosts))
-        return "; ".join(f"{', '.join(names)}: {words}" for words, names in hosts.items())
 
     @property
     def _server_name(self) -> str:
@@ -528,7 +538,8 @@ class Connection:
 
     def _blocked(self, amqp: pika.SelectConnection, frame: Any) -> None:
         if amqp is self.amqp:
-            logger.warning("%s blocks publishers: %s", self.settings, frame.method.reason)
+            self.alarm = frame.method.reason
+            logger.warning("%s blocks publishers: %s", self.settings, self.alarm)
             self._move(Event.BLOCKED)
             for tenant in tuple(self._tenants):
                 tenant.blocked(True)
@@ -540,14 +551,20 @@ class Connection:
             for tenant in tuple(self._tenants):
                 tenant.blocked(False)
 
+    def _put_all(self) -> None:
+        for _ in range(len(self._questions)):
+            self._put(self._questions.popleft())
+
     def _put(self, question: _Question) -> None:
-        """Run a question now, or keep it until there is a connection."""
+        """Run a question now, or keep it until there is a connection.
+
+        Suspects run one after the other, so that the innocent survive the guilty.
+        """
         if self.state in (State.DRAINING, State.CLOSED):
             question.done(None, ClosedError(f"{self!r} is closed"))
         elif question.expires is not None and time.monotonic() >= question.expires:
-            error = ConnectionFailedError(f"no answer from {self.settings} in time{self.trouble()}")
-            question.done(None, error)
-        elif not self.is_open:
+            question.done(None, ConnectionFailedError(self.overdue("in time")))
+        elif not self.is_open or (question.is_suspect and self._on_trial is not None):
             self._questions.append(question)
             self._connect_soon()
         else:
@@ -558,11 +575,19 @@ class Connection:
         begun = False
 
         def answer(result: Any, error: TransportError | None) -> None:
-            if isinstance(error, ConnectionLostError) and not self.is_open:
+            tried = self._on_trial is question
+            if tried:
+                self._on_trial = None
+            lost = isinstance(error, ConnectionLostError) and not self.is_open
+            is_hard = isinstance(error, ConnectionLostError) and error.is_hard
+            if lost and not (tried and is_hard):
+                question.is_suspect |= is_hard
                 self._put(question)  # once more, on the next connection
                 return
             if channel.is_open:
                 channel.close()
+            if tried:
+                self._put_all()
             question.done(result, error)
 
         def opened(channel: Channel) -> None:
@@ -580,6 +605,8 @@ class Connection:
             self.hub.call_later(CHANNEL_PAUSE, lambda: self._put(question))
             return
         channel.add_on_close_callback(self.hub.shielded(closed))
+        if question.is_suspect:
+            self._on_trial = question
 
     def _abandon(self, error: BaseException) -> None:
         """Start anew: the loop broke in the middle of something (`Hub.on_broken`)."""
@@ -700,7 +727,12 @@ def _words(error: BaseException, settings: Settings) -> str:
     root = _root(error)
     code, text = _answer(root)
     if code == ACCESS_REFUSED:
-        return "the broker refused the login; check user and password"
+        advice = "check user and password"
+        if settings.user == "guest":
+            advice += "; guest may log in from the broker's own host only"
+        return f"the broker refused the login ({text.removesuffix('.')}); {advice}"
+    if code == NOT_ALLOWED and "limit" in text:
+        return f"the broker refused one more connection ({text}); raise the limit, or close some"
     if code == NOT_ALLOWED:
         return (
             f"the broker refused the virtual host ({text}); check its name and the user's "
@@ -729,6 +761,16 @@ def _words(error: BaseException, settings: Settings) -> str:
             "where a broker is"
         )
     return str(root) or type(root).__name__
+
+
+def _reasons(failures: Mapping[_Host, tls.Refusal], settings: Settings) -> str:
+    """Return why there is no connection: for each host, if there are several."""
+    hosts: dict[str, list[str]] = {}
+    for host, failure in failures.items():
+        hosts.setdefault(failure.words, []).append(address_of(*host))
+    if len(settings.hosts) == 1:
+        return next(iter(hosts))
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in hosts.items())
 
 
 def _is_final(error: BaseException) -> bool:

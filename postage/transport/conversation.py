@@ -15,6 +15,7 @@ Everything here runs in the loop. pika's exceptions become ours here and nowhere
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -82,11 +83,33 @@ def translated(error: BaseException | None) -> TransportError:
         return ChannelClosedError(error.reply_code, error.reply_text)
     if isinstance(error, pika_errors.ConnectionClosedByBroker):
         return ConnectionLostError(
-            f"the broker closed the connection: {error.reply_code} {error.reply_text}"
+            f"the broker closed the connection: {error.reply_code} {error.reply_text}",
+            error.reply_code,
         )
     if isinstance(error, (pika_errors.ChannelClosedByClient, pika_errors.ConnectionClosedByClient)):
         return ClosedError("closed by this program")
-    return ConnectionLostError(f"the connection was lost: {error!r}")
+    return ConnectionLostError(f"the connection was lost{_reason(error)}")
+
+
+#: What pika says when nothing came from the broker for two heartbeats.
+_SILENCE = re.compile(r"in the last (\d+) seconds")
+#: What pika makes of an error of the socket.
+_CUT = re.compile(r"Stream connection lost: \w+\((?:\d+, )?(['\"])(.*)\1\)$", re.DOTALL)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Say for people why a connection went, as the end of a sentence."""
+    if error is None:
+        return ""
+    text = str(error)
+    if isinstance(error, pika_errors.AMQPHeartbeatTimeout) and (match := _SILENCE.search(text)):
+        return f": no heartbeat from the broker for {match[1]} s"
+    if isinstance(error, pika_errors.StreamLostError):
+        if match := _CUT.match(text):
+            return f": {match[2]}"
+        if "EOF" in text:
+            return ": the other side ended it without a word"
+    return f": {type(error).__name__}: {text}"
 
 
 def _unsent(error: Exception) -> TransportError:
@@ -165,6 +188,10 @@ def attempting(attempt: str, advice: str = "") -> Iterator[None]:
         if error.attempt:
             raise
         raise type(error)(error.code, error.text, attempt, advice) from None
+    except ConnectionLostError as error:
+        if error.attempt or not error.is_hard:
+            raise
+        raise ConnectionLostError(error.reason, error.code, attempt) from None
 
 
 def declare(channel: Channel, what: Declarable) -> Script[Any]:
@@ -182,6 +209,7 @@ def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
     Raises:
         ExchangeMismatchError: It exists with another type or other arguments.
         ChannelClosedError: The broker refuses it otherwise.
+        ConnectionLostError: The connection went, perhaps over this (`is_hard`).
     """
     if spec.is_default:
         return  # it exists, and must not be declared (403)
@@ -199,7 +227,7 @@ def declare_exchange(channel: Channel, spec: ExchangeSpec) -> Script[None]:
                 arguments=dict(spec.arguments),
             )
     except ChannelClosedError as error:
-        if error.code != PRECONDITION_FAILED:
+        if not _is_mismatch(error):
             raise
         raise ExchangeMismatchError(
             error.code,
@@ -218,35 +246,23 @@ def declare_queue(channel: Channel, spec: QueueSpec) -> Script[str]:
     Raises:
         QueueMismatchError: It exists with other arguments.
         ChannelClosedError: The broker refuses it otherwise.
+        ConnectionLostError: The connection went, perhaps over this (`is_hard`).
     """
     attempt = f"declare queue {spec.name!r} ({_asked_for(spec)})"
-    advice = {
-        RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
-        ACCESS_REFUSED: "The user may not declare it: check its permissions",
-        NOT_FOUND: (
-            "It was to be checked only (passive) and does not exist"
-            if spec.passive
-            else "The node of the cluster that it is on must come back"
-        ),
-        PRECONDITION_FAILED: (
-            "Delete or rename the queue, ask for what it has (POSTAGE_QUEUE_TYPE=classic, a dict "
-            "with its flags, or POSTAGE_COMPAT=1.2 for one that Postage 1.2.1 declared), or set "
-            "POSTAGE_ON_MISMATCH=adopt to use it as it is"
-        ),
-    }
     try:
-        answer = yield partial(
-            channel.queue_declare,
-            queue=spec.name,
-            passive=spec.passive,
-            durable=spec.durable,
-            exclusive=spec.exclusive,
-            auto_delete=spec.auto_delete,
-            arguments=dict(spec.arguments),
-        )
+        with attempting(attempt):
+            answer = yield partial(
+                channel.queue_declare,
+                queue=spec.name,
+                passive=spec.passive,
+                durable=spec.durable,
+                exclusive=spec.exclusive,
+                auto_delete=spec.auto_delete,
+                arguments=dict(spec.arguments),
+            )
     except ChannelClosedError as error:
-        refusal = QueueMismatchError if error.code == PRECONDITION_FAILED else ChannelClosedError
-        raise refusal(error.code, error.text, attempt, advice.get(error.code, "")) from None
+        refusal = QueueMismatchError if _is_mismatch(error) else ChannelClosedError
+        raise refusal(error.code, error.text, attempt, _advice(error)) from None
     return str(answer.method.queue)
 
 
@@ -273,6 +289,38 @@ def unbind_queue(channel: Channel, binding: Binding, queue: str) -> Script[None]
             exchange=binding.exchange.name,
             routing_key=binding.key,
         )
+
+
+def _is_mismatch(error: ChannelClosedError) -> bool:
+    """Tell whether something exists with other arguments.
+
+    RabbitMQ answers 406 as well where nothing exists yet: for an argument that a type of queue
+    does not take, and at a limit.
+    """
+    return error.code == PRECONDITION_FAILED and "inequivalent arg" in error.text
+
+
+def _advice(error: ChannelClosedError) -> str:
+    """Return what to do about a refused declaration of a queue."""
+    if _is_mismatch(error):
+        return (
+            "Delete or rename the queue, ask for what it has (POSTAGE_QUEUE_TYPE=classic, a dict "
+            "with its flags, or POSTAGE_COMPAT=1.2 for one that Postage 1.2.1 declared), or set "
+            "POSTAGE_ON_MISMATCH=adopt to use it as it is"
+        )
+    if error.code == PRECONDITION_FAILED and "invalid arg" in error.text:
+        return "Leave the argument out, or ask for a value and a type of queue that go with it"
+    if error.code == PRECONDITION_FAILED and "limit" in error.text:
+        return "Raise the limit (rabbitmqctl set_vhost_limits), or delete queues that nobody uses"
+    if error.code == ACCESS_REFUSED and "reserved prefix" in error.text:
+        return "Names that begin with amq. are the broker's own"
+    if error.code == NOT_FOUND and "home node" in error.text:
+        return "The node of the cluster that it is on must come back"
+    return {
+        RESOURCE_LOCKED: "It is exclusive to another connection: give each instance its own name",
+        ACCESS_REFUSED: "The user may not declare it: check its permissions",
+        NOT_FOUND: "It is declared passive here: start who declares it first",
+    }.get(error.code, "")
 
 
 def _asked_for(spec: ExchangeSpec | QueueSpec) -> str:

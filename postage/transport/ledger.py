@@ -8,7 +8,7 @@ back has to be taken back again if the broker was away.
 Each step runs on a probe channel (`Connection.ask()`), since a refusal closes the channel
 that it happens on. A refusal may teach something that makes the next attempt differ: that
 what exists is adopted as it is, that what was adopted is there no more, or that a queue is
-out of reach.
+out of reach. What teaches the same a second time is the answer.
 
 A queue is *out of reach* while the node of a cluster is down that it is on: a classic queue
 is on one node. Then it cannot be declared, bound or consumed. What concerns it is left out
@@ -42,8 +42,18 @@ logger = logging.getLogger(__name__)
 _Steps = dict[tuple[str, Any], Callable[[Channel], Script[None]]]
 
 
-class _Learned(ChannelClosedError):
+#: What a refusal taught: about what, and the code that taught it, or `OUT_OF_REACH`.
+_Lesson = tuple[ExchangeSpec | QueueSpec, int]
+OUT_OF_REACH = -1
+
+
+class _Learned(TransportError):
     """A refusal after which the same steps are tried again, and do something else."""
+
+    def __init__(self, lesson: _Lesson, refusal: ChannelClosedError) -> None:
+        super().__init__(lesson, refusal)
+        self.lesson = lesson
+        self.refusal = refusal
 
 
 class Ledger:
@@ -75,6 +85,7 @@ class Ledger:
             QueueMismatchError, ExchangeMismatchError: It exists with other arguments.
             ChannelClosedError: The broker refuses it otherwise.
             ConnectionFailedError: There was no broker in time.
+            ConnectionLostError: The broker closes the connection over it.
         """
         steps: _Steps = {}
         exchange, queue = binding.exchange, binding.queue
@@ -84,7 +95,10 @@ class Ledger:
         steps["binding", binding] = lambda channel: bind_queue(
             channel, binding, self.name_of(queue)
         )
-        self._perform(steps, timeout, f"bind queue {queue.name!r} to {exchange.name!r}")
+        what = f"bind queue {queue.name!r} to {exchange.name!r}"
+        if exchange.is_default:  # there is nothing to bind
+            what = f"declare queue {queue.name!r}"
+        self._perform(steps, timeout, what)
 
     def unbind(self, binding: Binding, timeout: float | None) -> None:
         """Unbind, now and on every new connection.
@@ -105,6 +119,7 @@ class Ledger:
 
     def _perform(self, steps: _Steps, timeout: float | None, what: str) -> None:
         missing: dict[QueueSpec, str] = {}
+        learned: set[_Lesson] = set()
 
         def script(channel: Channel) -> Script[None]:
             return _in_order(channel, steps, missing)
@@ -113,8 +128,10 @@ class Ledger:
             try:
                 self._connection.ask(script, timeout, what)
                 break
-            except _Learned:
-                continue
+            except _Learned as news:
+                if news.lesson in learned:  # it goes in circles
+                    raise news.refusal from None
+                learned.add(news.lesson)
         self._note({**self.out_of_reach, **missing})
         for key, step in steps.items():
             if key[0] == "binding":
@@ -134,14 +151,18 @@ class Ledger:
             done(None)
             return
         missing: dict[QueueSpec, str] = {}
+        learned: set[_Lesson] = set()
 
         def script(channel: Channel) -> Script[None]:
             return _in_order(channel, steps, missing)
 
         def replayed(_result: Any, error: TransportError | None) -> None:
             if isinstance(error, _Learned):
-                self._connection.probe(script, replayed)
-                return
+                if error.lesson not in learned:
+                    learned.add(error.lesson)
+                    self._connection.probe(script, replayed)
+                    return
+                error = error.refusal  # it goes in circles
             if error is None:
                 self._note(missing)
             done(error)
@@ -186,7 +207,7 @@ class Ledger:
             return (yield from declare_queue(channel, asked))
         except ChannelClosedError as error:
             if self._learns(spec, error):
-                raise _Learned(error.code, error.text) from error
+                raise _Learned((spec, error.code), error) from error
             raise
 
     def _learns(self, spec: ExchangeSpec | QueueSpec, error: ChannelClosedError) -> bool:
@@ -216,4 +237,4 @@ def _in_order(channel: Channel, steps: _Steps, missing: dict[QueueSpec, str]) ->
             if kind != "queue" or error.code != NOT_FOUND or subject.passive:
                 raise
             missing[subject] = error.text
-            raise _Learned(error.code, error.text) from error
+            raise _Learned((subject, OUT_OF_REACH), error) from error

@@ -38,6 +38,7 @@ import pika
 from pika.channel import Channel
 
 from postage.errors import (
+    ACCESS_REFUSED,
     NOT_FOUND,
     BrokerBlockedError,
     ChannelClosedError,
@@ -47,6 +48,7 @@ from postage.errors import (
     EncodingError,
     NackedError,
     PostageError,
+    PublishRefusedError,
     PublishTimeoutError,
     PublishUnknownError,
     TransportError,
@@ -354,7 +356,10 @@ class Publisher:
             [publishing] = self._written.values()
             name, key = publishing.pair
             attempt = f"publish to exchange {name!r} key {key!r}"
-            refusal = ChannelClosedError(error.code, error.text, attempt)
+            advice = "To publish needs the permission to write to the exchange"
+            refusal = PublishRefusedError(
+                error.code, error.text, attempt, advice if error.code == ACCESS_REFUSED else ""
+            )
             # A copy that went with the channel before was refused then, too.
             self._settle(publishing, Fate.NACKED, refusal, is_certain=not publishing.lost)
             return True
@@ -540,11 +545,8 @@ class Publisher:
         if self._closed:
             return ClosedError(f"{text}, the producer was closed")
         if self.connection.state is State.BLOCKED:
-            return BrokerBlockedError(f"{text}; an alarm of the broker blocks publishers")
-        missing = "answer from" if self.connection.is_open else "connection to"
-        return PublishTimeoutError(
-            f"{text}, no {missing} {self.connection.settings} in time{self.connection.trouble()}"
-        )
+            return BrokerBlockedError(text + self.connection.trouble())
+        return PublishTimeoutError(f"{text}, {self.connection.overdue('in time')}")
 
 
 def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:

@@ -37,8 +37,8 @@ from postage.errors import (
     ConnectionLostError,
     TransportError,
 )
+from postage.headers import attempt_of, origin_of
 from postage.health import ConsumerHealth, Incident, incident, latest
-from postage.retry import attempt_of
 from postage.topology import QueueSpec
 from postage.transport.connection import Connection, State, backoff
 from postage.transport.conversation import Script, attempting, converse, translated
@@ -124,6 +124,11 @@ class Delivery:
         """The id of the conversation, or of the call, that the message belongs to."""
         correlation_id: str | None = self.properties.correlation_id
         return correlation_id
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """By which exchange and key the message came first: a later attempt comes by others."""
+        return origin_of(self.properties.headers, self.exchange, self.routing_key)
 
     @property
     def attempt(self) -> int:
@@ -218,6 +223,7 @@ class Subscriber:
         self._age_timer: object | None = None
         self._reach_timer: object | None = None
         self._failures = 0
+        self._is_costly = False  # putting the topology back cost the connection, the last time
         self._refused_since: float | None = None
         self._last_delivery: float | None = None  # on the monotonic clock
         #: The last trouble with consuming, also if it is over.
@@ -332,7 +338,10 @@ class Subscriber:
 
     def connected(self, amqp: pika.SelectConnection) -> None:
         """Put the topology back, then open a channel and consume."""
-        self.topology.replay(partial(self._restored, amqp))
+        if self._is_costly:  # the others shall have something of the new connection first
+            self._pause(amqp)
+        else:
+            self.topology.replay(partial(self._restored, amqp))
 
     def disconnected(self, error: TransportError) -> None:
         """Forget what belongs to the old channel. The broker delivers it again."""
@@ -361,9 +370,15 @@ class Subscriber:
         if self._closed:
             return
         if error is None:
+            self._is_costly = False
             self._open(amqp)
         elif not isinstance(error, ConnectionLostError):
             self._try_again(amqp, error)
+        elif error.is_hard:  # the connection comes back, and we with it
+            self._is_costly = True
+            self._failures += 1
+            self.incident = incident(error)
+            logger.error("%s; trying again", error)
 
     def _open(self, amqp: pika.SelectConnection) -> None:
         if self._closed or amqp is not self.connection.amqp or not amqp.is_open:
@@ -545,33 +560,56 @@ class Subscriber:
 
     def _try_again(self, amqp: pika.SelectConnection, error: TransportError) -> None:
         """Consume anew after a pause; a refusal that will not pass ends the consumer."""
+        if isinstance(error, ChannelClosedError):
+            error = self._explained(error)
         self._failures += 1
         self.incident = incident(error)
-        code = error.code if isinstance(error, ChannelClosedError) else None
-        if code in (ACCESS_REFUSED, RESOURCE_LOCKED):
-            patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
-            now = time.monotonic()
-            self._refused_since = self._refused_since or now
-            if now - self._refused_since > patience:
-                self._fail(
-                    ChannelClosedError(
-                        code,
-                        getattr(error, "text", ""),
-                        f"consume for {patience:g} s",
-                        "Two processes claim this queue, or the user may not read it",
-                    )
-                )
+        if isinstance(error, ChannelClosedError) and error.code in (
+            ACCESS_REFUSED,
+            RESOURCE_LOCKED,
+        ):
+            if not self._is_patient(error):
                 return
-        elif code == PRECONDITION_FAILED:
+        elif isinstance(error, ChannelClosedError) and error.code == PRECONDITION_FAILED:
             logger.error("%s", error)
         else:
             logger.warning("%s; consuming anew", error)
+        self._pause(amqp)
+
+    def _pause(self, amqp: pika.SelectConnection) -> None:
+        """Put all back and consume anew, after a while, if the connection lasts for that long."""
 
         def again() -> None:
             if self.connection.amqp is amqp and amqp.is_open and not self._closed:
-                self.connected(amqp)
+                self.topology.replay(partial(self._restored, amqp))
 
         self.hub.call_later(backoff(self._failures, 1.0) / 2, again)
+
+    def _is_patient(self, refusal: ChannelClosedError) -> bool:
+        """Tell whether a refusal may pass: who holds the queue may be our former connection."""
+        patience = TAKEOVER_HEARTBEATS * (self.connection.settings.heartbeat or 60)
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+            logger.warning("%s; trying again for %g s", refusal, patience)
+        if now - self._refused_since <= patience:
+            return True
+        attempt = f"{refusal.attempt or 'consume'}, tried for {patience:g} s"
+        self._fail(ChannelClosedError(refusal.code, refusal.text, attempt, refusal.advice))
+        return False
+
+    def _explained(self, refusal: ChannelClosedError) -> ChannelClosedError:
+        """Say which queue it is about, and what to do.
+
+        A closed channel does not tell which of the requests on it was refused; the words of
+        RabbitMQ do.
+        """
+        if refusal.attempt:
+            return refusal
+        names = [each.name for each in self._consumers.values()]
+        name = next((each for each in names if f"queue '{each}'" in refusal.text), None)
+        attempt = "" if name is None else f"consume queue {name!r}"
+        return ChannelClosedError(refusal.code, refusal.text, attempt, _advice(refusal))
 
     def _fail(self, error: TransportError) -> None:
         logger.error("consuming ends: %s", error)
@@ -731,6 +769,23 @@ class Subscriber:
             self._reach_timer = None
         self._watchdog.stop()
         self.disconnected(ConnectionLostError("closed"))
+
+
+def _advice(refusal: ChannelClosedError) -> str:
+    """Return what to do when the broker closes the channel of a consumer."""
+    if "refused for user" in refusal.text:
+        return "The user may not read it: check its permissions"
+    if refusal.code in (ACCESS_REFUSED, RESOURCE_LOCKED):
+        return (
+            "Two processes claim this queue, or the broker has not noticed the end of the former "
+            "run yet: see rabbitmqctl list_consumers"
+        )
+    if "delivery acknowledgement" in refusal.text:
+        return (
+            "A handler took longer than the broker's consumer_timeout; its message is delivered "
+            "again"
+        )
+    return ""
 
 
 #: Numbers for consumer tags, which must be unique on a channel.

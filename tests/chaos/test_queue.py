@@ -113,7 +113,7 @@ def test_permissions_that_are_revoked_for_a_while(
 
         judgement = load.finish()
 
-    assert {"ChannelClosedError"} == set(judgement.errors)
+    assert {"PublishRefusedError"} == set(judgement.errors)
 
 
 @pytest.mark.chaos

@@ -22,6 +22,7 @@ from postage.messaging import (
     MessageHandler,
 )
 from postage.microthreads import MicroScheduler, sleep
+from postage.retry import RetryPolicy
 
 
 def reach(moment: str) -> None:
@@ -48,6 +49,7 @@ class Children(GenericProducer):
 class Component(GenericApplication):
     """Sends what the message says, as children."""
 
+    retry = RetryPolicy(attempts=1)  # what fails is parked at once
     consumer_class = Consumer
     outbox = True
     announced = False

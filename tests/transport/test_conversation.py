@@ -268,9 +268,24 @@ def test_a_script_that_is_no_good_from_the_start_is_reported() -> None:
         (pika_errors.ConnectionClosedByBroker(320, "x"), ConnectionLostError, "320 x"),
         (pika_errors.ChannelClosedByClient(0, "x"), ClosedError, "closed by this program"),
         (pika_errors.ConnectionClosedByClient(0, "x"), ClosedError, "closed by this program"),
-        (pika_errors.StreamLostError("x"), ConnectionLostError, "StreamLostError"),
-        (pika_errors.AMQPHeartbeatTimeout("x"), ConnectionLostError, "AMQPHeartbeatTimeout"),
-        (ConnectionResetError("x"), ConnectionLostError, "ConnectionResetError"),
+        (
+            pika_errors.StreamLostError("Stream connection lost: " + repr(OSError(104, "Reset"))),
+            ConnectionLostError,
+            "the connection was lost: Reset",
+        ),
+        (
+            pika_errors.StreamLostError("Transport indicated EOF"),
+            ConnectionLostError,
+            "the connection was lost: the other side ended it without a word",
+        ),
+        (pika_errors.StreamLostError("x"), ConnectionLostError, "lost: StreamLostError: x"),
+        (
+            pika_errors.AMQPHeartbeatTimeout("No activity … in the last 120 seconds"),
+            ConnectionLostError,
+            "the connection was lost: no heartbeat from the broker for 120 s",
+        ),
+        (pika_errors.AMQPHeartbeatTimeout("x"), ConnectionLostError, "AMQPHeartbeatTimeout: x"),
+        (ConnectionResetError("x"), ConnectionLostError, "lost: ConnectionResetError: x"),
         (None, ConnectionLostError, "the connection was lost"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -298,6 +313,27 @@ def test_a_refusal_says_what_was_attempted() -> None:
     assert "inner: the broker answered 406 text. x" == str(caught.value)
     with pytest.raises(ConnectionLostError), attempting("anything"):
         raise ConnectionLostError
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [(503, "inner: COMMAND_INVALID"), (320, "COMMAND_INVALID"), (None, "COMMAND_INVALID")],
+)
+def test_what_cost_the_connection_says_what_was_attempted(code: int | None, text: str) -> None:
+    """What AMQP calls a hard error is for something that was asked; others come at any time."""
+    with pytest.raises(ConnectionLostError) as caught, attempting("outer"), attempting("inner"):
+        raise ConnectionLostError("COMMAND_INVALID", code)
+    assert (code, text) == (caught.value.code, str(caught.value))
+
+
+def test_a_close_of_the_connection_keeps_its_code() -> None:
+    """Whoever has to decide need not read the text."""
+    lost = translated(pika_errors.ConnectionClosedByBroker(541, "INTERNAL_ERROR"))
+    assert isinstance(lost, ConnectionLostError)
+    assert 541 == lost.code
+    cut = translated(pika_errors.StreamLostError("x"))
+    assert isinstance(cut, ConnectionLostError)
+    assert None is cut.code
 
 
 # ------------------------------------------------------------------------- declarations
@@ -395,6 +431,29 @@ def test_another_refusal_is_no_mismatch(code: int, advice: str) -> None:
         talk.channel.close(code)
         assert ChannelClosedError is type(talk.error)
         assert talk.error.attempt.startswith("declare ")
+    assert isinstance(queue.error, ChannelClosedError)
+    assert advice in queue.error.advice
+    assert bool(advice) == bool(queue.error.advice)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("PRECONDITION_FAILED - invalid arg 'x-max-priority' for queue 'a'", "Leave the argument"),
+        ("PRECONDITION_FAILED - cannot declare queue 'a': queue limit in", "Raise the limit"),
+        ("PRECONDITION_FAILED - something new", ""),
+    ],
+)
+def test_a_precondition_that_failed_for_another_reason_is_no_mismatch(
+    text: str, advice: str
+) -> None:
+    """There is nothing that could be adopted."""
+    queue = Talk(lambda channel: declare_queue(channel, QUEUE))
+    exchange = Talk(lambda channel: declare_exchange(channel, EXCHANGE))
+    for talk in (queue, exchange):
+        talk.channel.close(406, text)
+        assert ChannelClosedError is type(talk.error)
+        assert "POSTAGE_ON_MISMATCH" not in str(talk.error)
     assert isinstance(queue.error, ChannelClosedError)
     assert advice in queue.error.advice
     assert bool(advice) == bool(queue.error.advice)

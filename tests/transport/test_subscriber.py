@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pika
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from postage.errors import (
     ChannelClosedError,
     ConnectionFailedError,
+    ConnectionLostError,
     ExchangeMismatchError,
     QueueMismatchError,
     TransportError,
@@ -31,6 +33,8 @@ from postage.topology import (
     queue_spec,
 )
 from postage.transport import connection as connections
+from postage.transport.conversation import declare_exchange
+from postage.transport.ledger import Ledger
 from postage.transport.subscriber import Delivery, Settlement, Subscriber, coalesced
 from tests.nodes import Node
 from tests.rabbitmq_node import RabbitNode
@@ -846,6 +850,65 @@ def test_what_was_adopted_and_then_deleted_is_made_as_it_should_be(
     assert peer.routes("letters", "key")
 
 
+class Contrary:
+    """A connection to a broker where a queue comes and goes, always at the wrong moment."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def probe(self, script: Callable[[Any], Any], done: Callable[..., None]) -> None:
+        self.rounds += 1
+        assert self.rounds < 10, "it goes on for ever"
+        requests = script(SimpleNamespace(connection=self, queue_declare=print))
+        passive = next(requests).keywords["passive"]
+        refusal = (404, "NOT_FOUND - no queue") if passive else (406, "inequivalent arg 'durable'")
+        try:
+            requests.throw(ChannelClosedError(*refusal))
+        except TransportError as error:
+            done(None, error)
+
+    def ask(self, script: Callable[[Any], Any], _timeout: float | None, _what: str) -> None:
+        errors: list[TransportError] = []
+        self.probe(script, lambda _result, error: errors.append(error))
+        raise errors[0]
+
+
+def test_what_is_learned_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adopted, then gone, then another one again: the same answer comes for ever."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
+    connection = Contrary()
+    ledger = Ledger(connection)  # type: ignore[arg-type]
+    with pytest.raises(QueueMismatchError):
+        ledger.bind(Binding(DEFAULT, BOX, ""), DEADLINE)
+    assert 3 == connection.rounds
+
+
+def test_what_is_learned_twice_after_an_outage_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried for ever without a pause."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
+    connection = Contrary()
+    ledger = Ledger(connection)  # type: ignore[arg-type]
+    ledger._steps["queue", BOX] = lambda channel: ledger._declare_queue(channel, BOX)
+    errors: list[TransportError | None] = []
+    ledger.replay(errors.append)
+    assert [QueueMismatchError] == [type(error) for error in errors]
+    assert 3 == connection.rounds
+
+
+def test_a_limit_is_no_mismatch_that_could_be_adopted(
+    rabbitmq_node: RabbitNode, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The binding fails at once, and nothing is declared again and again."""
+    monkeypatch.setenv("POSTAGE_ON_MISMATCH", "adopt")
+    limit = '{"max-queues": 0}'
+    rabbitmq_node.ctl("set_vhost_limits", "-p", broker_url.rsplit("/", 1)[1], limit)
+    with (
+        Reader(Settings.from_environment()) as reader,
+        pytest.raises(ChannelClosedError, match=r"queue limit .* is reached\. Raise the limit"),
+    ):
+        reader.bind(BOX)
+
+
 def test_a_queue_of_another_connection_is_refused_with_advice(reader: Reader) -> None:
     """An exclusive queue that two programs claim."""
     spec = Queue("mine", exclusive=True).spec()
@@ -860,7 +923,8 @@ def test_without_a_broker_a_binding_fails_in_time() -> None:
     """The error says what was attempted."""
     with Reader(Settings((("127.0.0.1", 1),), "/", "guest", "guest")) as reader:
         binding = Binding(LETTERS, BOX, "key")
-        with pytest.raises(ConnectionFailedError, match="bind queue 'box' to 'letters': amqp://"):
+        told = "bind queue 'box' to 'letters': no connection to amqp://"
+        with pytest.raises(ConnectionFailedError, match=told):
             reader.subscriber.topology.bind(binding, 0.2)
 
 
@@ -892,6 +956,27 @@ def test_a_queue_that_was_replaced_during_an_outage_is_reported_and_waited_for(
     far_reader.wait_for(lambda: far_reader.subscriber.consuming)
     peer.send("key", b"hello", exchange="letters")
     assert [b"hello"] == far_reader.work(1)
+
+
+def test_what_cannot_be_put_back_and_costs_the_connection_is_reported_and_tried_again(
+    reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an upgrade of the broker; when that is mended, consuming goes on."""
+    reader.bind(BOX)
+    reader.consume(BOX)
+    is_mended: list[bool] = []
+    strange = ExchangeSpec("strange", "x-nobody-knows-this")
+
+    def declaring(channel: Any) -> Any:
+        yield from declare_exchange(channel, LETTERS if is_mended else strange)
+
+    reader.subscriber.topology._steps["exchange", strange] = declaring
+    reader.hub.call(lambda: reader.connection.abort(ConnectionLostError("on purpose")))
+    told = "declare exchange 'strange' (x-nobody-knows-this, durable): the broker closed the "
+    reader.wait_for(lambda: sum(told in each for each in caplog.messages) >= 2)
+    assert not reader.subscriber.consuming
+    is_mended.append(True)
+    reader.wait_for(lambda: reader.subscriber.consuming)
 
 
 @pytest.mark.parametrize("spec", [BOX, QUORUM], ids=["classic", "quorum"])
@@ -1026,9 +1111,12 @@ def test_a_setting_that_makes_no_sense_does_not_end_the_consumer(
 
 
 def test_an_exclusive_consumer_takes_over_when_its_holder_goes(
-    settings: Settings, peer: Peer
+    settings: Settings, peer: Peer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Until then it tries again; a restarted program meets its own former connection so."""
+    """Until then it tries again, and says so once.
+
+    A restarted program meets its own former connection so.
+    """
     with Reader(replace(settings, heartbeat=59)) as heir:
         with Reader(settings) as holder:
             holder.bind(UID)
@@ -1039,8 +1127,36 @@ def test_an_exclusive_consumer_takes_over_when_its_holder_goes(
             assert not heir.subscriber.consuming
             assert None is heir.subscriber.failure
         heir.wait_for(lambda: heir.subscriber.consuming)
+        [warning] = [each for each in caplog.messages if "trying again for 236 s" in each]
+        assert warning.startswith("consume queue 'uid': the broker answered 403 ")
+        assert "Two processes claim this queue, or" in warning
         peer.send("uid", b"hello")
         assert [b"hello"] == heir.work(1)
+
+
+def test_a_user_who_may_not_read_is_told_so_at_once(
+    rabbitmq_node: RabbitNode, broker_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log names the queue and the permission; somebody may give it."""
+    vhost = broker_url.rsplit("/", 1)[1]
+    node, settings = rabbitmq_node, Settings.from_environment()
+    node.add_user("writer", "pass", vhost)
+    try:
+        with (
+            Reader(replace(settings, user="writer", password="pass")) as reader,
+            Reader(settings) as other,
+        ):
+            other.bind(BOX)
+            node.ctl("set_permissions", "-p", vhost, "writer", ".*", ".*", "^$")
+            reader.bind(BOX)
+            reader.subscriber.consume(BOX)
+            reader.wait_for(lambda: reader.subscriber._failures > 1)
+            [warning] = [each for each in caplog.messages if each.startswith("consume queue 'box'")]
+            assert "The user may not read it: check its permissions; trying again for" in warning
+            node.ctl("set_permissions", "-p", vhost, "writer", ".*", ".*", ".*")
+            reader.wait_for(lambda: reader.subscriber.consuming)
+    finally:
+        node.delete_user("writer")
 
 
 @pytest.mark.slow
@@ -1054,7 +1170,8 @@ def test_two_programs_that_claim_one_queue_are_told_so(settings: Settings) -> No
         heir.wait_for(lambda: heir.subscriber.failure)
         assert isinstance(heir.subscriber.failure, ChannelClosedError)
         assert 403 == heir.subscriber.failure.code
-        assert "consume for 4 s" in str(heir.subscriber.failure)
+        told = "consume queue 'uid', tried for 4 s: the broker answered 403 ACCESS_REFUSED"
+        assert told in str(heir.subscriber.failure)
         assert "Two processes claim this queue" in str(heir.subscriber.failure)
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""Delayed messages: how late they are.
+
+Many messages with delays of all lengths are sent at once. The sender and the receiver are
+processes of their own, which share the clock of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pika.channel import Channel
+
+from benchmarks import broker, embedded, raw
+from benchmarks.broker import Job
+from benchmarks.children import in_child, service
+from benchmarks.envelope import FINGERPRINT
+from benchmarks.measuring import Case, Sample, Workload, percentile
+from postage.messaging import GenericProducer
+
+#: Seconds of the shortest and of the longest delay.
+SHORTEST, LONGEST = 0.1, 20.0
+#: Seconds for which the receiver looks out for messages that come twice.
+LINGER = 1.0
+
+
+def workloads(scale: float) -> list[Workload]:
+    """Return the workloads of this module.
+
+    Args:
+        scale: How much to send, and how long it waits.
+    """
+    longest = LONGEST * scale
+    cases = []
+    for count in (round(1_000 * scale), round(10_000 * scale)):
+        cases.append(Case(f"RabbitMQ, {count:,}", partial(_measure, count, longest)))
+        cases.append(Case(f"embedded, {count:,}", partial(_embedded, count, longest)))
+    title = f"Delays of {SHORTEST:g} to {longest:g} s, messages sent at once"
+    return [Workload("delay", title, cases)]
+
+
+def _embedded(count: int, longest: float, _url: str) -> Sample:
+    with embedded.running(store=True) as (url, _):
+        return _measure(count, longest, url)
+
+
+def _measure(count: int, longest: float, url: str) -> Sample:
+    with broker.job(url, "quorum", count, prefetch=200) as job, service(_send, job, longest):
+        sample: Sample = in_child(_receive, job)
+        return sample
+
+
+def _send(ready: Callable[[], None], job: Job, longest: float) -> None:
+    os.environ["POSTAGE_URL"] = job.url
+    chance = random.Random(job.count)
+    with GenericProducer(FINGERPRINT) as producer:
+        ready()
+        with producer.batch() as batch:
+            for number in range(job.count):
+                delay = chance.uniform(SHORTEST, longest)
+                due = time.time() + delay
+                batch.message_due(number, due, _queue=job.queue, _delay=delay)
+
+
+class _Receiver:
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.lateness: list[float] = []
+        self.numbers: Counter[int] = Counter()
+
+    def open(self, channel: Channel) -> None:
+        channel.basic_qos(prefetch_count=self.job.prefetch)
+        channel.basic_consume(self.job.queue, self.deliver)
+
+    def deliver(self, channel: Channel, method: Any, _properties: Any, body: bytes) -> None:
+        now = time.time()
+        number, due = json.loads(body)["content"]["parameters"]
+        self.lateness.append((now - due) * 1000)
+        self.numbers[number] += 1
+        channel.basic_ack(method.delivery_tag)
+        if len(self.lateness) == self.job.count:
+            channel.connection.ioloop.call_later(LINGER, channel.connection.close)
+
+
+def _receive(job: Job) -> Sample:
+    receiver = _Receiver(job)
+    raw.run(job.url, receiver.open)
+    late = receiver.lateness
+    return {
+        "late p50 ms": percentile(late, 50),
+        "p99": percentile(late, 99),
+        "worst": max(late),
+        "early": sum(each < 0 for each in late),
+        "doubled": receiver.numbers.total() - len(receiver.numbers),
+    }
