@@ -259,15 +259,16 @@ class Hold(Wait):
         ledger = ledger_of(self.seconds())
         return {SCHEDULE: self.id, DUE: self.at.isoformat(), **goal, "BCC": [ledger]}
 
-    def begin(self, mandatory: bool) -> HeldDue:
+    def begin(self, mandatory: bool, is_bound: bool = False) -> HeldDue:
         """Return when the message is due that is sent now."""
         seconds, headers = self.seconds(), self.headers()
         expires_ms = math.ceil((seconds + LINGER_SECONDS) * 1000)
         holding = Holding(self.id, self.exchange, self.key, headers["BCC"][0], expires_ms)
-        return HeldDue(time.monotonic() + seconds, mandatory, holding, headers)
+        due = time.monotonic() + seconds
+        return HeldDue(due, mandatory, is_bound, holding=holding, headers=headers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldDue(Due):
     """When a publishing is due that waits in a queue of its own."""
 
