@@ -64,8 +64,8 @@ LOST_AFTER = 60.0
 BUSY = 0.01
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-#: A baton that cannot be passed on is tried again for as long as it takes.
-_FOR_EVER = RetryPolicy(attempts=None)
+#: A baton that cannot be passed on is tried again for as long as it takes; what is none is parked.
+_FOR_EVER = RetryPolicy(attempts=None, permanent=(DecodeError,))
 
 
 # ------------------------------------------------------------------------- due times

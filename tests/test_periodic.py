@@ -27,6 +27,8 @@ from tests.nodes import Node
 from tests.programs import Program
 from tests.waiting import wait_until
 
+#: Of error queues.
+ARGUMENTS = {"x-queue-type": "quorum"}
 PROGRAM = "tests/programs_for_tests/periodic_jobs.py"
 SECOND = timedelta(seconds=1)
 
@@ -455,7 +457,16 @@ def test_foreign_batons_do_not_harm(broker_url: str) -> None:
                 {**envelope, **body, "fingerprint": {}, "_reserved": {}},
                 _queue="postage-periodic-victim.job",
             )
-    run_until(component, lambda: len(seen) >= 2)
+    queue = "postage-periodic-victim.job"
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        channel = connection.channel()
+        channel.queue_declare(f"{queue}.error", durable=True, arguments=ARGUMENTS)
+
+        def parked() -> int:
+            declared = channel.queue_declare(f"{queue}.error", passive=True)
+            return int(declared.method.message_count)
+
+        run_until(component, lambda: len(seen) >= 2 and parked() == 2)
 
 
 # ---------------------------------------------------------------- several processes
