@@ -252,6 +252,10 @@ class Known:
         """Return what is known after a step."""
         return Known(step.run or self.run, step.due or self.due)
 
+    def elected(self) -> Known:
+        """Return what is known by who becomes the holder: others have sent batons since."""
+        return Known(self.run)
+
 
 def due_of(content: Mapping[str, Any]) -> datetime:
     """Return the due time in a run or a baton.
@@ -354,6 +358,7 @@ class _Chain:
         self.queue = QUEUE.format(component=component, job=job.name)
         self.id = f"{component}.{job.name}"
         self.known = Known()
+        self.consumer_tag = ""
         self.is_busy = False
 
 
@@ -393,6 +398,10 @@ class PeriodicJobs(MessageProcessor):
             yield sleep(BUSY)
         chain.is_busy = True
         try:
+            # As long as a consumer lives that RabbitMQ has made the active one, it stays that.
+            if chain.consumer_tag != self.delivery.consumer_tag:
+                chain.consumer_tag = self.delivery.consumer_tag
+                chain.known = chain.known.elected()
             now = datetime.now(timezone.utc)
             step = chain.known.decide(chain.job.grid, Baton.of(body["content"]), now)
             if step.run is not None:

@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable, Generator
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -125,7 +126,16 @@ def test_equal_grids_have_equal_definitions_and_others_others() -> None:
         (timedelta(0), None, None),
         *[
             (None, each, None)
-            for each in ("", "soon", "* * * *", "* * * * * *", "60 * * * *", "0 0 31 2 *", 7)
+            for each in (
+                "",
+                "soon",
+                "* * * *",
+                "* * * * * *",
+                "60 * * * *",
+                "0 0 31 2 *",
+                "0 0 */30 2 MON#5",
+                7,
+            )
         ],
         (None, "* * * * *", "Nowhere/Land"),
         (None, "* * * * *", "../../etc/passwd"),
@@ -216,58 +226,83 @@ class World:
     """A broker and a component in a nutshell: batons that wait, and one holder at a time.
 
     The clock goes on with the next event. Whatever the holder does may be cut off by its death:
-    then the baton is there again for the next holder, who knows nothing.
+    then the baton is there again for the next holder. Another one may become the holder at any
+    time, too, as when a connection is lost.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, grid: Grid) -> None:
         self.chance = random.Random(seed)
+        self.grid = grid
         self.now = NOON + timedelta(seconds=self.chance.random() * 60)
+        self.instances = [Known() for _ in range(4)]
+        self.holder = 0
         self.waiting: list[tuple[datetime, Baton]] = []
-        self.known = Known()
         self.runs: list[datetime] = []
-        self.deaths = 0
+        self.changes = 0
+        self.seeds_due = self.now
 
-    def start_instance(self) -> None:
-        self.waiting.append((self.now, SEED))
-
-    def step(self, deadly: float) -> None:
+    def step(self, deadly: float, changing: float) -> None:
+        """Let the next thing happen."""
         self.waiting.sort(key=lambda each: each[0])
-        arrival, baton = self.waiting[0]
+        if not self.waiting or self.seeds_due < self.waiting[0][0]:
+            seed = Baton(self.grid.definition, None)
+            self.waiting += [(self.seeds_due, seed)] * len(self.instances)
+            self.seeds_due += timedelta(seconds=periodic.SEED_EVERY)
+            return
+        if self.chance.random() < changing:
+            self._elect()
+        self._handle(*self.waiting[0], deadly)
+
+    def _elect(self) -> None:
+        self.changes += 1
+        self.holder = self.chance.randrange(len(self.instances))
+        self.instances[self.holder] = self.instances[self.holder].elected()
+
+    def _handle(self, arrival: datetime, baton: Baton, deadly: float) -> None:
         self.now = max(self.now, arrival)
-        step = self.known.decide(GRID, baton, self.now)
-        acts: list[Callable[[], None]] = []
+        known = self.instances[self.holder]
+        step = known.decide(self.grid, baton, self.now)
+        acts: list[Callable[[], Any]] = []
         if step.run is not None:
-            acts.append(lambda: self.runs.append(step.run or NOON))
+            acts.append(partial(self.runs.append, step.run))
         if step.due is not None:
-            acts.append(lambda: self.waiting.append((step.due or NOON, Baton(MINE, step.due))))
-        acts.append(lambda: self.waiting.pop(0) and None)
+            back = min(step.due, self.now + timedelta(seconds=periodic.WAIT_AT_MOST))
+            again = (back, Baton(self.grid.definition, step.due))
+            acts.append(partial(self.waiting.append, again))
+        acts.append(partial(self.waiting.remove, (arrival, baton)))
         for act in acts:
             if self.chance.random() < deadly:
-                self.deaths += 1
-                self.known = Known()
-                self.start_instance()
-                return
+                self.instances[self.holder] = Known()
+                return self._elect()
             act()
-        self.known = self.known.noted(step)
+        self.instances[self.holder] = known.noted(step)
 
 
+@pytest.mark.parametrize("every", [60, 7 * 3600])
 @pytest.mark.parametrize("seed", range(30))
-def test_no_due_time_is_left_out_and_all_batons_merge(seed: int) -> None:
-    """However often the holder dies, and at which moment; doubles come of deaths alone."""
+def test_no_due_time_is_left_out_and_all_batons_merge(seed: int, every: float) -> None:
+    """However often the holder dies or changes, and at which moment."""
     # Given
-    world = World(seed)
-    for _ in range(5):
-        world.start_instance()
+    world = World(seed, Grid.of(every, None, None))
     # When
-    for _ in range(300):
-        world.step(deadly=0.05)
-    for _ in range(300):
-        world.step(deadly=0.0)
+    for _ in range(2000):
+        world.step(deadly=0.02, changing=0.05)
+    for _ in range(2000):
+        world.step(deadly=0.0, changing=0.0)
     # Then
     runs = sorted(set(world.runs))
-    assert [runs[0] + number * MINUTE for number in range(len(runs))] == runs
-    assert len(world.runs) - len(runs) <= world.deaths
-    assert 1 == len(world.waiting)
+    assert [runs[0] + number * timedelta(seconds=every) for number in range(len(runs))] == runs
+    assert 0 < len(world.runs) - len(runs) <= world.changes
+    batons = [baton for _arrival, baton in world.waiting if baton.due is not None]
+    assert 1 == len(batons)
+
+
+def test_what_others_have_sent_on_is_not_taken_for_lost() -> None:
+    """Who was the holder before, and becomes it again, does not repeat what others have run."""
+    known = Known(run=NOON, due=NOON + MINUTE).elected()
+    later = NOON + timedelta(hours=1)
+    assert Step(due=later + MINUTE) == known.decide(GRID, SEED, later)
+    assert DROP == known.decide(GRID, Baton(MINE, NOON), later)
 
 
 @pytest.mark.parametrize(

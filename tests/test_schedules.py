@@ -7,8 +7,9 @@ import asyncio
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
 
 import pika
@@ -19,9 +20,11 @@ from postage.errors import (
     ChannelClosedError,
     ClosedError,
     ConfigurationError,
+    ConnectionLostError,
     EncodingError,
     MessageNotFoundError,
     PostageError,
+    TransportError,
     UnroutableError,
 )
 from postage.messaging import (
@@ -276,6 +279,35 @@ def test_a_schedule_is_cancelled_or_comes(producer: Sender, mailbox: Mailbox) ->
     assert RACES / 4 < len(came) < RACES * 3 / 4, "that was no race"
     for scheduled in late:
         mailbox.channel.queue_delete(f"postage-schedule-{scheduled.id}")
+
+
+class Asking:
+    """A connection in the middle of which something happens: an error, and then perhaps again."""
+
+    def __init__(self, error: TransportError) -> None:
+        self.error = error
+
+    def ask(self, script: Callable[[Any], Any], timeout: float, what: str) -> Any:
+        channel = SimpleNamespace(queue_purge=print)
+        conversation = script(channel)
+        next(conversation)
+        if isinstance(self.error, ConnectionLostError):
+            conversation.close()
+            return next(script(channel))  # a lost connection runs it again on the next one
+        return conversation.throw(self.error)
+
+
+def test_a_connection_that_is_lost_while_cancelling_leaves_it_in_doubt() -> None:
+    """To ask again could say that there is nothing to cancel, though it was cancelled."""
+    with pytest.raises(ConnectionLostError, match="may have worked"):
+        schedules.cancel(Asking(ConnectionLostError()), "0" * 32, 1.0)  # type: ignore[arg-type]
+
+
+def test_a_broker_that_refuses_to_cancel_says_why() -> None:
+    """Nothing is said about the schedule then."""
+    with pytest.raises(ChannelClosedError, match=r"cancel schedule 0000.* 403"):
+        refusal = ChannelClosedError(403, "ACCESS_REFUSED")
+        schedules.cancel(Asking(refusal), "0" * 32, 1.0)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------- broken brokers
