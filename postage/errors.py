@@ -20,6 +20,7 @@ Errors say that something went wrong and share one root::
         │   └── MismatchError       it exists already, with other arguments
         │       ├── ExchangeMismatchError
         │       └── QueueMismatchError
+        ├── MessageNotFoundError    there is no such message, any more
         └── PublishError            a message was not, or perhaps not, delivered
             ├── UnroutableError     no queue is bound to the key
             ├── NackedError         the broker refused to store it
@@ -180,6 +181,10 @@ class ExchangeMismatchError(MismatchError):
 
 class QueueMismatchError(MismatchError):
     """Raised when a queue exists with another type or other arguments."""
+
+
+class MessageNotFoundError(TransportError):
+    """Raised when a message is not there, or not any more: it is too late to cancel it."""
 
 
 class PublishError(TransportError):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pika
 
-from postage import debugging
+from postage import debugging, schedules
 from postage import outbox as outboxes
 from postage.batch import Batch
 from postage.context import lineage
@@ -110,6 +110,8 @@ class GenericProducer:
     and ``build_rpc_x`` methods that return a message; or define none, and get commands:
 
     * ``producer.message_x(...)`` sends to every pair and returns when the broker confirmed;
+    * ``producer.schedule_x(...)`` sends the same to one pair, later, and returns a handle with
+      which it can be cancelled (`postage.schedules`);
     * ``producer.rpc_x(...)`` sends to the first pair and returns the service's result;
     * ``producer.rpc_queue_x(...)`` sends and returns the queue of the replies, for
       `consume_rpc()`.
@@ -248,13 +250,16 @@ class GenericProducer:
     # ---------------------------------------------------------------------- sending
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Resolve ``message_x``, ``rpc_x`` and ``rpc_queue_x``.
+        """Resolve ``message_x``, ``schedule_x``, ``rpc_x`` and ``rpc_queue_x``.
 
         Raises:
             AttributeError: The name is none of those.
         """
         if name.startswith("message_"):
             return partial(self._message_send, _callable=self._builder(name, MessageCommand))
+        if name.startswith("schedule_"):
+            called = "message_" + name.removeprefix("schedule_")
+            return partial(schedules.schedule, self, self._builder(called, MessageCommand))
         if name.startswith("rpc_queue_") and not hasattr(type(self), f"build_{name}"):
             called = "rpc_" + name.removeprefix("rpc_queue_")
             builder = self._builder(called, RpcCommand)
@@ -263,7 +268,7 @@ class GenericProducer:
             return partial(self._rpc_send, _callable=self._builder(name, RpcCommand))
         raise AttributeError(
             f"{type(self).__name__!r} object has no attribute {name!r} "
-            "(producers make up message_*, rpc_* and rpc_queue_*)"
+            "(producers make up message_*, schedule_*, rpc_* and rpc_queue_*)"
         )
 
     def message(self, /, *args: Any, **kwds: Any) -> Any:
@@ -286,6 +291,23 @@ class GenericProducer:
             **kwds: The underscore keywords of the magic methods.
         """
         return self._send(self._compose_forward(body, kwds), bool(kwds.get("_future", False)))
+
+    def cancel_schedule(self, id: str) -> int:
+        """Cancel what ``schedule_x()`` has sent, also in another process.
+
+        Args:
+            id: The attribute `id` of what it returned.
+
+        Returns:
+            How many messages that prevented: 1, or 2 if it was sent again after a lost connection.
+
+        Raises:
+            MessageNotFoundError: It is too late, or it was cancelled before.
+            ConfigurationError: That is no id of a schedule.
+            TransportError: The broker cannot be reached, or it is not known what became of it.
+        """
+        timeout = _seconds("publish_timeout", self.publish_timeout)
+        return schedules.cancel(self._open().connection, id, timeout)
 
     def batch(self) -> Batch:
         """Return a batch: a context manager with the sending methods of this producer.
