@@ -152,6 +152,14 @@ class Cluster:
 
     def _rows(self, *arguments: str) -> list[dict[str, Any]]:
         """Return the rows of a list of rabbitmqctl, which asks all nodes that run."""
-        answer = self.answering[0].ctl(*arguments, "--formatter", "json")
-        rows: list[dict[str, Any]] = json.loads(answer)
+
+        def ask() -> str | None:
+            for node in self.answering:
+                # A node that believes for a moment that it is alone pauses itself.
+                with contextlib.suppress(RuntimeError):
+                    return node.ctl(*arguments, "--formatter", "json")
+            return None
+
+        answer = wait_until(ask, DEADLINE_SECONDS, f"a node that answers {arguments[0]}")
+        rows: list[dict[str, Any]] = json.loads(answer or "[]")
         return rows
