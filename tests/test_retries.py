@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -14,9 +15,10 @@ import pytest
 
 from postage.errors import ExitScheduler, PermanentError, RejectMessage, Retry
 from postage.handlers import MessageHandler, RpcHandler
-from postage.messaging import MessageProcessor
+from postage.messaging import GenericProducer, MessageProcessor
 from postage.retry import RetryPolicy
 from tests.nodes import Node
+from tests.programs import Program
 from tests.programs_for_tests.components import (
     Running,
     Sender,
@@ -288,3 +290,23 @@ def test_a_component_that_quits_does_not_forget_a_failure(sender: Sender) -> Non
         properties.headers["postage-attempt"],
         properties.headers["postage-handler"],
     )
+
+
+@pytest.mark.parametrize("way", ["retry", "park"])
+def test_a_process_that_is_killed_between_copy_and_ack_loses_nothing(
+    broker_url: str, way: str
+) -> None:
+    """The message is delivered again beside its copy: twice at most, with the same id."""
+    program = ["tests/programs_for_tests/failing.py", way]
+    with GenericProducer({"name": "tester"}) as producer, raw_channel() as channel:
+        with Program([*program, "kill"]) as killed:
+            killed.wait_for_line("ready")
+            producer.message_work(_queue="q", _message_id="17")
+            assert -signal.SIGKILL == killed.wait()
+        with Program(program) as other:
+            parked = take(channel, "q.error", 2)
+            other.wait_for_line("moved")
+            producer.message_quit(_queue="q")
+            assert 0 == other.wait()
+    assert ["17", "17"] == [properties.message_id for properties, _body in parked]
+    assert [] == rest_of("q") + rest_of("q.error")
