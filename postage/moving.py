@@ -126,6 +126,21 @@ class Mover:
         )
         return True
 
+    def reject(self, delivery: Delivery) -> Generator[Any, Any, None]:
+        """Have the broker move a message to where its queue sends what is rejected."""
+        yield from self.announce(delivery)
+        self._consumer.reject(delivery, requeue=False)
+
+    def announce(self, delivery: Delivery) -> Generator[Any, Any, None]:
+        """Say for `postage errors` that a message may get to its error queue by the broker."""
+        queue = delivery.queue.dead_letter_queue
+        if queue is None or queue in self._known:
+            return
+        try:
+            yield from self._open(queue)
+        except PostageError as error:
+            logger.warning("the error queue %r could not be announced: %s", queue, error)
+
     # ----------------------------------------------------------------------- inside
 
     def _retry(

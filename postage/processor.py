@@ -71,6 +71,11 @@ logger = logging.getLogger(__name__)
 TRUST_AFTER = 1.0
 
 
+#: Deliveries after which a message may be one that ends the process each time. The broker will
+#: move it to the error queue then (delivery limit), which should be known of by that time.
+SUSPICIOUS = 5
+
+
 class Fate(enum.Enum):
     """What becomes of a message."""
 
@@ -443,6 +448,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     def _handle(self, delivery: Delivery) -> Generator[Any, Any, None]:
         try:
+            if delivery.redelivered and _deliveries(delivery) >= SUSPICIOUS:
+                yield from self._mover.announce(delivery)
             verdict = yield from self._judge(delivery)
             self._handled += 1
             yield from self._carry_out(delivery, verdict)
@@ -822,7 +829,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             if (yield from self._mover.park(delivery, verdict.reason, verdict.error)):
                 self.consumer.ack(delivery)
         elif verdict.fate is Fate.REJECT:
-            self.consumer.reject(delivery, requeue=False)
+            yield from self._mover.reject(delivery)
         elif verdict.fate in _LEAVING and self._farewell is None:
             self._farewell = (delivery, verdict)  # it is settled last, see leave()
             self._inbox.notify()
@@ -913,6 +920,12 @@ def _patience(delivery: Delivery) -> float:
 def _is_overdue(delivery: Delivery) -> bool:
     """Tell whether the caller has stopped waiting, by our own clock alone."""
     return time.monotonic() - delivery.received > _patience(delivery)
+
+
+def _deliveries(delivery: Delivery) -> int:
+    """Return how often a quorum queue has delivered a message before."""
+    count = delivery.headers.get("x-delivery-count")
+    return count if isinstance(count, int) else 0
 
 
 def _nothing() -> None:

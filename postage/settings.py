@@ -16,7 +16,8 @@ These variables are read, each time that settings are asked for:
     how TLS is spoken, where the query does not say it; see `TlsOptions`.
 ``POSTAGE_RMQ_USER``, ``POSTAGE_RMQ_PASSWORD``
     deprecated names of the last two.
-``POSTAGE_COMPAT``, ``POSTAGE_QUEUE_TYPE``, ``POSTAGE_ON_MISMATCH``, ``POSTAGE_DEBUG_MODE``
+``POSTAGE_COMPAT``, ``POSTAGE_QUEUE_TYPE``, ``POSTAGE_ERROR_QUEUE``, ``POSTAGE_ON_MISMATCH``,
+``POSTAGE_DEBUG_MODE``
     see the functions at the end.
 
 An empty variable counts as none. No error shows a value that may be, or be taken for, a
@@ -176,6 +177,22 @@ def queue_type_from_environment() -> str:
         ConfigurationError: POSTAGE_QUEUE_TYPE is neither.
     """
     return _choice("POSTAGE_QUEUE_TYPE", "quorum", "classic")
+
+
+def error_queue_from_environment() -> str:
+    """Return how error queues are called: ``{name}`` stands for the name of the queue.
+
+    Without it all queues share one.
+
+    Raises:
+        ConfigurationError: POSTAGE_ERROR_QUEUE begins with the "amq." of the broker's own queues.
+    """
+    pattern = os.environ.get("POSTAGE_ERROR_QUEUE") or "{name}.error"
+    if pattern.startswith("amq."):
+        raise ConfigurationError(
+            f"POSTAGE_ERROR_QUEUE is {pattern!r}: names that begin with amq. are the broker's own"
+        )
+    return pattern
 
 
 def adopt_on_mismatch() -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from postage.errors import ConfigurationError
-from postage.settings import queue_type_from_environment
+from postage.settings import error_queue_from_environment, queue_type_from_environment
 
 #: Deliveries of one message after which a quorum queue gives it up. A net under crash
 #: loops, far above what ordinary restarts and lost connections add up to.
@@ -270,7 +270,7 @@ class Queue:
     def _error_queue(self) -> str:
         if self.error_queue is not None:
             return self.error_queue.format(name=self.name)
-        if isinstance(self.dead_letter, str):
+        if isinstance(self.dead_letter, str) and self.dead_letter != ERROR_QUEUE:
             return self.dead_letter.format(name=self.name) if self.name else NAMELESS_ERROR_QUEUE
         return error_queue_of(self.name)
 
@@ -322,7 +322,7 @@ def error_queue_of(name: str) -> str:
     """
     if not name or name.startswith("amq."):
         return NAMELESS_ERROR_QUEUE
-    return ERROR_QUEUE.format(name=name)
+    return error_queue_from_environment().replace("{name}", name)
 
 
 def error_queue(name: str) -> QueueSpec:

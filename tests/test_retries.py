@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from postage.error_queues import known_error_queues
 from postage.errors import ExitScheduler, PermanentError, RejectMessage, Retry
 from postage.handlers import MessageHandler, RpcHandler
 from postage.messaging import GenericProducer, MessageProcessor
@@ -310,3 +311,25 @@ def test_a_process_that_is_killed_between_copy_and_ack_loses_nothing(
             assert 0 == other.wait()
     assert ["17", "17"] == [properties.message_id for properties, _body in parked]
     assert [] == rest_of("q") + rest_of("q.error")
+
+
+def test_the_error_queues_of_a_component_are_known(sender: Sender) -> None:
+    """Also if only the broker moves messages there: after a rejection, or many deliveries."""
+
+    class Rejecting(Clerk):
+        @MessageHandler("command", "reject")
+        def msg_reject(self, content: Any) -> None:
+            raise RejectMessage
+
+    assert [] == known_error_queues()
+    with Running(Rejecting("q", "other")), raw_channel() as channel:
+        sender.message_reject()
+        take(channel, "q.error")
+        wait_until(lambda: known_error_queues() == ["q.error"])
+    with raw_channel() as channel:
+        sender.message_work(key="a", failures=0, _queue="other")
+        for _ in range(6):
+            method = wait_until(lambda: channel.basic_get("other")[0])
+            channel.basic_nack(method.delivery_tag)
+    with Running(Rejecting("other")):
+        wait_until(lambda: known_error_queues() == ["other.error", "q.error"])

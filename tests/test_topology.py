@@ -305,3 +305,17 @@ def test_an_eqk_of_another_form_is_refused(eqk: Any) -> None:
     """The error says what was expected."""
     with pytest.raises(ConfigurationError):
         list(bindings_of(eqk))
+
+
+def test_all_queues_can_share_an_error_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or have one by another name. What a queue says itself goes first."""
+    monkeypatch.setenv("POSTAGE_ERROR_QUEUE", "error")
+    shared = Queue("orders").spec()
+    assert "error" == shared.error_queue == shared.arguments["x-dead-letter-routing-key"]
+    assert "own" == Queue("orders", error_queue="own").spec().error_queue
+    monkeypatch.setenv("POSTAGE_ERROR_QUEUE", "failed.{name}")
+    assert "failed.orders" == queue_spec("orders").error_queue
+    assert "failed.odd{x}" == queue_spec("odd{x}").error_queue
+    monkeypatch.setenv("POSTAGE_ERROR_QUEUE", "amq.errors")
+    with pytest.raises(ConfigurationError, match="names that begin with amq"):
+        Queue("orders").spec()
