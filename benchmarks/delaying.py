@@ -12,10 +12,11 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+import psutil
 from pika.channel import Channel
 
 from benchmarks import broker, embedded, raw
@@ -24,9 +25,12 @@ from benchmarks.children import in_child, service
 from benchmarks.envelope import FINGERPRINT
 from benchmarks.measuring import Case, Sample, Workload, percentile
 from postage.messaging import GenericProducer
+from tests.rabbitmq_node import RabbitNode
 
 #: Seconds of the shortest and of the longest delay.
 SHORTEST, LONGEST = 0.1, 20.0
+#: Seconds for which the CPU of an idle broker is measured, after so many to settle.
+WATCHED, SETTLING = 30.0, 5.0
 #: Seconds for which the receiver looks out for messages that come twice.
 LINGER = 1.0
 
@@ -42,8 +46,55 @@ def workloads(scale: float) -> list[Workload]:
     for count in (round(1_000 * scale), round(10_000 * scale)):
         cases.append(Case(f"RabbitMQ, {count:,}", partial(_measure, count, longest)))
         cases.append(Case(f"embedded, {count:,}", partial(_embedded, count, longest)))
+    idle = [
+        Case("RabbitMQ", partial(_idle_rabbitmq, round(10_000 * scale), WATCHED * scale)),
+        Case("embedded", partial(_idle_embedded, round(10_000 * scale), WATCHED * scale)),
+    ]
     title = f"Delays of {SHORTEST:g} to {longest:g} s, messages sent at once"
-    return [Workload("delay", title, cases)]
+    return [
+        Workload("delay", title, cases),
+        Workload("waiting", "CPU of a broker while messages wait an hour", idle),
+    ]
+
+
+def _idle_rabbitmq(count: int, seconds: float, _url: str) -> Sample:
+    with RabbitNode() as node:
+        return _cpu(node.url, node.pids, count, seconds)
+
+
+def _idle_embedded(count: int, seconds: float, _url: str) -> Sample:
+    with embedded.running(store=True) as (url, pid):
+        return _cpu(url, {pid}, count, seconds)
+
+
+def _cpu(url: str, pids: Collection[int], count: int, seconds: float) -> Sample:
+    """Measure what processes take, a broker before and after it got messages that wait."""
+    with broker.job(url, "quorum", 0) as job:
+        in_child(_send_for_an_hour, job, 10)  # the queues of the cascade are there
+        idle = _share(pids, seconds)
+        in_child(_send_for_an_hour, job, count)
+        waiting = _share(pids, seconds)
+    return {"idle, % of a core": idle, f"with {count:,} waiting": waiting}
+
+
+def _share(pids: Collection[int], seconds: float) -> float:
+    """Return the CPU that processes take, in percent of a core."""
+
+    def spent() -> float:
+        times = [psutil.Process(pid).cpu_times() for pid in pids]
+        return sum(each.user + each.system for each in times)
+
+    time.sleep(SETTLING)
+    before, began = spent(), time.monotonic()
+    time.sleep(seconds)
+    return 100 * (spent() - before) / (time.monotonic() - began)
+
+
+def _send_for_an_hour(job: Job, count: int) -> None:
+    os.environ["POSTAGE_URL"] = job.url
+    with GenericProducer(FINGERPRINT) as producer, producer.batch() as batch:
+        for number in range(count):
+            batch.message_due(number, _queue=job.queue, _delay=3600 + number % 1000)
 
 
 def _embedded(count: int, longest: float, _url: str) -> Sample:

@@ -34,13 +34,14 @@ import pika
 from postage.delay import LONGEST, plain_seconds
 from postage.errors import ConfigurationError, DecodeError, PostageError
 from postage.futures import Future
-from postage.handlers import MessageFilter, MessageHandler, MessageHandlerFullBody
+from postage.handlers import MessageFilter, MessageHandler, MessageHandlerFullBody, Registration
 from postage.messages import Message, new_message_id
 from postage.microthreads import sleep
 from postage.processor import MessageProcessor
 from postage.retry import RetryPolicy
 from postage.rpc import encoded
 from postage.topology import DefaultExchange, Queue
+from postage.transport.subscriber import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -412,6 +413,11 @@ class PeriodicJobs(MessageProcessor):
             chain.known = chain.known.noted(step)
         finally:
             chain.is_busy = False
+
+    def _note_success(self, delivery: Delivery, registration: Registration) -> None:
+        """Let no baton close the circuit breaker: it says nothing about the work."""
+        if registration.attribute != "msg_periodic_baton":
+            super()._note_success(delivery, registration)
 
     def _join_jobs(self) -> None:
         component = str(self.fingerprint.get("name") or "")

@@ -19,7 +19,7 @@ from types import ModuleType
 from postage import __version__
 from postage.errors import PostageError
 
-__all__ = ["CommandError", "main"]
+__all__ = ["CommandError", "main", "safe"]
 
 
 class CommandError(Exception):
@@ -58,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PostageError as error:
         return _fail(options, error, 1)
     return code
+
+
+def safe(text: str) -> str:
+    """Return a text without what a terminal would obey: it may come from anybody."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
+        for character in text
+    )
 
 
 def commands() -> dict[str, ModuleType]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from postage.cli import CommandError
+from postage.cli import CommandError, safe
 from postage.errors import PostageError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _list(options: argparse.Namespace) -> int:
         return 0
     for each in found:
         if each["messages"] or options.queues:
-            print(f"{_safe(each['error_queue'])}: {_messages(each['messages'])}")
+            print(f"{safe(each['error_queue'])}: {_messages(each['messages'])}")
             for group in each["groups"]:
                 print(_row(group))
     if not options.queues and not any(each["messages"] for each in found):
@@ -156,7 +156,7 @@ def _row(group: dict[str, Any]) -> str:
     what = group["exception"] or group["reason"] or "nothing says why"
     times = [each for each in (group["first_failure"], group["last_failure"]) if each]
     when = f"  ({' to '.join(dict.fromkeys(times))})" if times else ""
-    return _safe(f"  {group['messages']:6}  {origin}  {what}{when}")
+    return safe(f"  {group['messages']:6}  {origin}  {what}{when}")
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -198,7 +198,7 @@ def _page_of(parked: Parked, first: bool) -> str:
         lines.append(f"{'header':14} {name}: {value!r}")
     lines += ["", *trace.rstrip().splitlines()] if trace else []
     text = "\n".join([*lines, "", _pretty(parked.body)])
-    return _safe(text if first else f"\n{'-' * 72}\n{text}")
+    return safe(text if first else f"\n{'-' * 72}\n{text}")
 
 
 def _pretty(body: bytes) -> str:
@@ -359,7 +359,7 @@ def _ask(question: str) -> None:
     if not sys.stdin.isatty():
         raise CommandError(f"nobody is there to answer: {question} Say --yes", exit_code=2)
     try:
-        answer = input(f"{_safe(question)} [y/N] ")
+        answer = input(f"{safe(question)} [y/N] ")
     except EOFError:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
@@ -405,11 +405,3 @@ def _seconds(text: str) -> float:
 
 def _messages(number: int) -> str:
     return f"{number} message" if number == 1 else f"{number} messages"
-
-
-def _safe(text: str) -> str:
-    """Return a text without what a terminal would obey: it may come from anybody."""
-    return "".join(
-        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
-        for character in text
-    )

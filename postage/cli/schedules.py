@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from postage.cli import safe
+
 if TYPE_CHECKING:
     from postage.schedules import Entry
 
@@ -73,7 +75,7 @@ def _row(entry: Entry) -> str:
     )
     due = entry.due.isoformat(timespec="seconds")
     what = f"{entry.type} {entry.name}" if entry.type else "no message of postage"
-    return _safe(f"{entry.id}  {due}  {goal}  {what}")
+    return safe(f"{entry.id}  {due}  {goal}  {what}")
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -86,7 +88,7 @@ def _cancel(options: argparse.Namespace) -> int:
             try:
                 producer.cancel_schedule(id)
             except ConfigurationError as error:
-                print(_safe(f"postage schedules: {error}"), file=sys.stderr)
+                print(safe(f"postage schedules: {error}"), file=sys.stderr)
                 code = 2
             except MessageNotFoundError as error:
                 print(f"postage schedules: {error}", file=sys.stderr)
@@ -94,10 +96,3 @@ def _cancel(options: argparse.Namespace) -> int:
             else:
                 print(f"cancelled {id}")
     return code
-
-
-def _safe(text: str) -> str:
-    """Return a text without what a terminal would obey: it may come from anybody."""
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )

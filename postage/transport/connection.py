@@ -66,6 +66,8 @@ BACKOFF_FIRST, BACKOFF_LONGEST = 0.5, 10.0
 STABLE = 30.0
 #: Seconds that a clean close may take before the socket is simply dropped.
 CLOSE_GRACE = 5.0
+#: Declarations that a connection remembers. To forget one costs another declaration.
+KNOWN_LIMIT = 1_000
 #: Seconds until a question asks again for a channel, when all of the connection are in use.
 CHANNEL_PAUSE = 0.05
 #: The oldest broker that declares what postage declares: quorum queues with a message
@@ -373,6 +375,8 @@ class Connection:
         self.probe(script, declared, timeout)
 
     def _learn(self, what: Declarable | Preparation) -> None:
+        if len(self._declared) >= KNOWN_LIMIT:
+            self._declared.clear()  # some of it was for one message only
         if isinstance(what, (ExchangeSpec, QueueSpec)):
             self._declared[what] = math.inf
         else:

@@ -947,3 +947,26 @@ def test_all_connections_can_be_closed_whoever_uses_them(settings: Settings) -> 
     assert None is hubs.current()
     assert [False] * 3 == [connections.release(connection) for connection in some]
     assert connections.close_all()
+
+
+def test_what_a_connection_remembers_is_bounded(
+    broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Declarations for one message each would pile up for as long as it lasts."""
+    monkeypatch.setattr(connections, "KNOWN_LIMIT", 10)
+    connection = connections.acquire(Settings.from_environment(), "publish")
+    try:
+        for number in range(25):
+            spec = ExchangeSpec(f"news-{number}", "direct")
+            declared: list[object] = []
+            connection.hub.call(
+                lambda spec=spec, declared=declared: connection.declare(
+                    spec, lambda _result, error: declared.append(error), 30.0
+                )
+            )
+            wait_for(connection, lambda declared=declared: declared)
+            assert [None] == declared
+            assert connection.knows(spec)
+            assert len(connection._declared) <= 10
+    finally:
+        connections.release(connection)
