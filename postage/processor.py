@@ -535,7 +535,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         attempt = delivery.attempt
         if not isinstance(error, Retry):
             self._note_failure(error)
-            self.on_error(delivery, error)
+            self._tell(delivery, error)
             if not policy.is_permanent(error) and self._breaker.failed():
                 logger.warning(
                     "%s: %d handlers failed in a row: one message at a time, with pauses",
@@ -544,6 +544,13 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 )
         pause = policy.decide(error, attempt, random.random())
         return Failure(registration.attribute if several else None, error, attempt, pause)
+
+    def _tell(self, delivery: Delivery, error: BaseException) -> None:
+        """Call the hook, whose own mistakes must not change what becomes of the message."""
+        try:
+            self.on_error(delivery, error)
+        except Exception:
+            logger.exception("%s.on_error() failed", type(self).__name__)
 
     def _judge_rpc(
         self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
@@ -825,7 +832,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 return  # it was given back, and comes again as a whole
         if verdict.fate is Fate.PARK:
             if verdict.error is not None:
-                self.on_error(delivery, verdict.error)
+                self._tell(delivery, verdict.error)
             if (yield from self._mover.park(delivery, verdict.reason, verdict.error)):
                 self.consumer.ack(delivery)
         elif verdict.fate is Fate.REJECT:

@@ -18,6 +18,7 @@ from postage.errors import ExitScheduler, PermanentError, RejectMessage, Retry
 from postage.handlers import MessageHandler, RpcHandler
 from postage.messaging import GenericProducer, MessageProcessor
 from postage.retry import RetryPolicy
+from postage.transport.subscriber import Delivery
 from tests.nodes import Node
 from tests.programs import Program
 from tests.programs_for_tests.components import (
@@ -205,6 +206,30 @@ def test_a_rejected_message_is_tried_again_for_those_who_failed_before(sender: S
         take(channel, "q.error")
         wait_until(lambda: clerk.handled_by)
     assert [1, 2] == clerk.attempts["before"]
+
+
+def test_a_component_hears_of_its_failures(
+    sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of each attempt, and of what cannot be read. A hook that fails itself does no harm."""
+
+    class Telling(Clerk):
+        told: list[tuple[str, int]] = []
+
+        def on_error(self, delivery: Delivery, error: BaseException) -> None:
+            self.told.append((type(error).__name__, delivery.attempt))
+            raise LookupError("no such counter")
+
+    with Running(Telling()), raw_channel() as channel:
+        sender.message_work(key="a", failures=99)
+        take(channel, "q.error")
+        channel.basic_publish(TestExchange.name, "q", b"no JSON")
+        take(channel, "q.error")
+        sender.message_patience()
+        sender.message_work(key="b", failures=0)
+    assert [("ValueError", attempt) for attempt in (1, 2, 3)] == Telling.told[:3]
+    assert [("DecodeError", 1)] == Telling.told[3:]
+    assert "Telling.on_error() failed" in caplog.text
 
 
 def test_a_call_is_never_retried(sender: Sender) -> None:
