@@ -203,7 +203,10 @@ class ErrorQueue:
         for parked in self.messages():
             key = parked.queue, parked.reason, parked.exception
             groups[key] = _enlarged(groups.get(key) or Group(*key, 0, None, None), parked)
-        return sorted(groups.values(), key=lambda each: (-each.messages, each.queue or ""))
+        return sorted(
+            groups.values(),
+            key=lambda each: (-each.messages, each.queue or "", each.exception or ""),
+        )
 
     def get(self, id: str) -> Parked:
         """Return the first message of this id.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All tests, those on RabbitMQ beside the others: ``python -m tests``.
+"""All tests, in several processes at once: ``python -m tests``.
 
 They wait more than they compute, so several processes together take little longer than the
 longest of them. What those in the background have to say comes last, each as one piece.
@@ -22,11 +22,22 @@ from tests.rabbitmq_node import find_scripts
 #: Pytest's exit code when nothing was selected.
 NO_TESTS = 5
 
-#: The tests on RabbitMQ, in two parts that take about as long as each other.
-LOWER = ("tests/transport", "tests/broker")
-ON_RABBITMQ = {
-    "On RabbitMQ": [f"--ignore={folder}" for folder in LOWER],
-    f"On RabbitMQ, {' and '.join(LOWER)}": list(LOWER),
+#: Folders that take about as long as all others, on each of the brokers.
+HALF = ("tests/transport", "tests/broker")
+HALF_ON_RABBITMQ = (*HALF, "tests/chaos")
+
+
+def others_than(folders: Sequence[str]) -> list[str]:
+    """Return the arguments that leave folders out."""
+    return [f"--ignore={folder}" for folder in folders]
+
+
+#: What runs in the foreground, and beside it, by title.
+FOREGROUND = ["-m", "not rabbitmq", *others_than(HALF)]
+BACKGROUND = {
+    f"{', '.join(HALF)}": ["-m", "not rabbitmq", *HALF],
+    "On RabbitMQ": ["-m", "rabbitmq", *others_than(HALF_ON_RABBITMQ)],
+    f"On RabbitMQ, {', '.join(HALF_ON_RABBITMQ)}": ["-m", "rabbitmq", *HALF_ON_RABBITMQ],
 }
 
 
@@ -43,18 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     outputs = []
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(_ended_together())
-        processes.append(subprocess.Popen([*pytest, "-m", "not rabbitmq", *arguments]))
-        for number, chosen in enumerate(ON_RABBITMQ.values()):
+        processes.append(subprocess.Popen([*pytest, *arguments, *FOREGROUND]))
+        for number, chosen in enumerate(BACKGROUND.values()):
             output = stack.enter_context(tempfile.TemporaryFile("w+"))
             outputs.append(output)
             # Two processes must not write one cache.
-            cache = f"cache_dir=.pytest_cache/rabbitmq-{number}"
-            command = [*pytest, "-m", "rabbitmq", "-o", cache, *arguments, *chosen]
+            cache = f"cache_dir=.pytest_cache/{number}"
+            command = [*pytest, "-o", cache, *arguments, *chosen]
             processes.append(subprocess.Popen(command, stdout=output, stderr=output))
         codes = [processes[0].wait()]
-        print("Waiting for the tests on RabbitMQ.", flush=True)
+        print("Waiting for the others.", flush=True)
         codes += [process.wait() for process in processes[1:]]
-        for title, output in zip(ON_RABBITMQ, outputs, strict=True):
+        for title, output in zip(BACKGROUND, outputs, strict=True):
             output.seek(0)
             print(f"\n{title}:\n", output.read(), sep="\n")
     print(f"All together took {time.monotonic() - began:.0f} s.")

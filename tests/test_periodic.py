@@ -24,6 +24,7 @@ from postage.generic_application import GenericApplication
 from postage.messaging import Fingerprint, GenericProducer, MessageProcessor
 from postage.microthreads import MicroScheduler, sleep
 from postage.periodic import DROP, Baton, Grid, Job, Known, Periodic, PeriodicJobs, Step, jobs_of
+from postage.topology import error_queue
 from tests.nodes import Node
 from tests.programs import Program
 from tests.waiting import wait_until
@@ -495,7 +496,8 @@ def test_foreign_batons_do_not_harm(broker_url: str) -> None:
     queue = "postage-periodic-victim.job"
     with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
         channel = connection.channel()
-        channel.queue_declare(f"{queue}.error", durable=True, arguments=ARGUMENTS)
+        parked = error_queue(f"{queue}.error")
+        channel.queue_declare(parked.name, durable=True, arguments=dict(parked.arguments))
 
         def parked() -> int:
             declared = channel.queue_declare(f"{queue}.error", passive=True)

@@ -20,8 +20,8 @@ from tests.waiting import wait_until
 
 #: Messages of the long form, and of the short one.
 MANY, FEW = 10_000, 300
-#: Half a minute in total, and without jitter, so that it is known when an attempt is due.
-POLICY = RetryPolicy(attempts=6, delay=0.5, backoff=2.0, max_delay=8.0, jitter=0.0)
+#: Without jitter, so that it is known when an attempt is due.
+POLICY = RetryPolicy(attempts=6, delay=0.3, backoff=2.0, max_delay=2.0, jitter=0.0)
 #: Seconds until all have been handled or parked.
 DEADLINE = 600.0
 
@@ -68,15 +68,15 @@ def test_messages_that_fail_under_a_broker_that_is_killed(
         node.kill()
         node.start()
         wait_until(lambda: clerk.done >= fine, DEADLINE)
-    hopeless = set(range(len(failures))) - fine
-    parked: dict[int, Any] = {}
-    doubled = 0
-    with raw_channel() as channel:
-        while parked.keys() != hopeless:
-            [(properties, _body)] = take(channel, "q.error")
-            number = int(properties.headers["postage-error"].rsplit(maxsplit=1)[1])
-            doubled += number in parked
-            parked[number] = properties
+        hopeless = set(range(len(failures))) - fine
+        parked: dict[int, Any] = {}
+        doubled = 0
+        with raw_channel() as channel:
+            while parked.keys() != hopeless:
+                [(properties, _body)] = take(channel, "q.error")
+                number = int(properties.headers["postage-error"].rsplit(maxsplit=1)[1])
+                doubled += number in parked
+                parked[number] = properties
 
     with capsys.disabled():
         print(f"\n{len(failures)} messages: {clerk.again} attempts and {doubled} parkings twice")
