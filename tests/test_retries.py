@@ -242,6 +242,21 @@ def test_a_call_is_never_retried(sender: Sender) -> None:
     assert [1] == clerk.attempts["divide"]
 
 
+def test_a_message_whose_headers_leave_no_room_is_parked(
+    sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ours beside them would not fit into a frame, which would cost the connection."""
+    with Running(clerk := Clerk()), raw_channel() as channel:
+        sender.message_work(key="a", failures=99, _headers={"large": "x" * 130_500})
+        [(properties, _body)] = take(channel, "q.error")
+        sender.message_work(key="b", failures=0)
+        wait_until(lambda: clerk.handled_by)
+    assert [1] == clerk.attempts["a"]
+    assert 130_500 == len(properties.headers["large"])
+    assert "no retry of a message from 'q': its headers leave no room" in caplog.text
+    assert 0 == clerk.health().reconnects
+
+
 def test_a_message_of_a_queue_of_one_instance_is_retried_there(sender: Sender) -> None:
     """Also if only the broker knows its name."""
     with Running(clerk := Clerk({"name": "", "flags": {"exclusive": True}})):
