@@ -733,6 +733,21 @@ def test_messages_that_are_parked(
         wait_until_told("parked a message from", caplog)
 
 
+def test_a_message_that_is_tried_again(
+    producer: GenericProducer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of them open the breaker."""
+    component = type(
+        "Component",
+        (Component,),
+        {"retry": RetryPolicy(attempts=2, delay=0.1), "breaker": 2},
+    )
+    with Running(component("orders")):
+        producer.message_fail(_queue="orders")
+        wait_until_told("attempt at a message failed, again in", caplog)
+        wait_until_told("one message at a time, with pauses", caplog)
+
+
 def test_a_message_that_cannot_be_parked(
     producer: GenericProducer, caplog: pytest.LogCaptureFixture
 ) -> None:
