@@ -187,9 +187,12 @@ def _table_from_json(value: Any, name: str) -> dict[Any, Any]:
 
 def _bytes_from_json(text: Any) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, TypeError):
         raise DecodeError("it has bytes that are no base64") from None
+    if base64.b64encode(data).decode() != text:  # Python 3.10 takes "=" for no bytes
+        raise DecodeError("it has bytes that are no base64")
+    return data
 
 
 def _in_utc(stamp: datetime) -> datetime:
