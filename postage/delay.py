@@ -33,6 +33,7 @@ from postage.errors import (
     ConfigurationError,
     UnroutableError,
 )
+from postage.headers import BROKER_RECORD
 from postage.settings import queue_type_from_environment
 from postage.topology import ExchangeSpec, QueueSpec, error_queue
 from postage.transport.conversation import Declarable, Script
@@ -53,8 +54,7 @@ _BIT = "postage-bit-"
 BIT = _BIT + "{:02}"
 TO_EXCHANGE, TO_QUEUE = "postage-exchange", "postage-queue"
 #: What is of no use in a message that is published again: see `stripped()`.
-_LEFTOVERS = frozenset({"x-death", "x-delivery-count", TO_EXCHANGE, TO_QUEUE})
-_LEFTOVERS_BEGIN = (_BIT, "x-first-death-", "x-last-death-")
+_LEFTOVERS = (TO_EXCHANGE, TO_QUEUE, _BIT, *BROKER_RECORD)
 #: The names of the levels, of their exchanges and of their queues.
 LEVEL = "postage-delay-{:02}"
 
@@ -143,7 +143,7 @@ def stripped(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         name: value
         for name, value in (headers or {}).items()
-        if name not in _LEFTOVERS and not name.startswith(_LEFTOVERS_BEGIN)
+        if not name.startswith(_LEFTOVERS)
     }
 
 

@@ -76,7 +76,7 @@ class MessageHandler:
         """Note on a function or class what it handles. Several may be stacked."""
         noted = vars(decorated).get("_message_handler", ())
         note = (self.handler_data, self.threaded, self.outbox, self.retry)
-        decorated._message_handler = (*noted, note)  # type: ignore[attr-defined]
+        decorated._message_handler = (*noted, note)  # type: ignore[attr-defined]  # ours
         return decorated
 
 

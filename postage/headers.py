@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: Beginnings of the names of headers in which RabbitMQ records where a message has been. One
+#: that is published again with them would be taken for one that goes in circles, and dropped.
+BROKER_RECORD = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
+
 #: Which attempt at the message this delivery is, an int. Absent: the first.
 ATTEMPT = "postage-attempt"
 #: The only handler that is to run, where several handle the message.

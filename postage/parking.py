@@ -25,7 +25,14 @@ from typing import Any
 import pika
 
 from postage.errors import printable
-from postage.headers import ATTEMPT, FIRST_FAILURE, HANDLER, ORIGIN_EXCHANGE, ORIGIN_KEY
+from postage.headers import (
+    ATTEMPT,
+    BROKER_RECORD,
+    FIRST_FAILURE,
+    HANDLER,
+    ORIGIN_EXCHANGE,
+    ORIGIN_KEY,
+)
 from postage.settings import queue_type_from_environment
 from postage.topology import UNLIMITED, QueueSpec
 from postage.transport.publisher import encoded_size
@@ -73,10 +80,9 @@ RECORD = frozenset(
         ORIGIN_KEY,
     }
 )
-#: Beginnings of the names of other headers that must not travel on. A message that is published
-#: again with the broker's record of its dead letterings would be taken for one that goes in
-#: circles, and dropped in silence. The others are the broker's, or of a delay that is over.
-TRANSIENT = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "postage-bit-")
+#: Beginnings of the names of other headers that must not travel on: the broker's, and those of a
+#: delay that is over.
+TRANSIENT = (*BROKER_RECORD, "postage-bit-")
 #: RabbitMQ routes by the keys in the header CC, too, whatever the exchange: what is published
 #: straight to one queue would come to others as well.
 CARBON_COPY, CARBON_COPY_KEPT = "CC", "postage-cc"
@@ -234,7 +240,7 @@ class Parked:
         else:
             said = _record_of_broker(headers)
         known = {field: _known(field, value) for field, value in said.items()}
-        return cls(body, properties, _encodable(message_id), **known)  # type: ignore[arg-type]
+        return cls(body, properties, _encodable(message_id), **known)  # type: ignore[arg-type]  # each by its field
 
     @property
     def is_foreign(self) -> bool:

@@ -319,7 +319,8 @@ class Periodic(MessageHandler):
         category, kind, _name, body_key = self.handler_data
         self.handler_data = (category, kind, job.name, body_key)
         decorated = super().__call__(MessageFilter(due_of)(decorated))
-        decorated._periodic_jobs = (*getattr(decorated, "_periodic_jobs", ()), job)  # type: ignore[attr-defined]
+        jobs = (*getattr(decorated, "_periodic_jobs", ()), job)
+        decorated._periodic_jobs = jobs  # type: ignore[attr-defined]  # ours
         return decorated
 
 

@@ -20,6 +20,7 @@ from postage.messaging import Fingerprint, GenericConsumer, GenericProducer, Mes
 from postage.microthreads import MicroScheduler, sleep
 from postage.transport.subscriber import Delivery
 from tests.chaos.records import BEGUN, DELIVERED, HANDLED, Record, children_of
+from tests.programs_for_tests.announcing import Announcing
 
 
 class Consumer(GenericConsumer):
@@ -43,11 +44,10 @@ class Consumer(GenericConsumer):
         super().ack(method)
 
 
-class Component(GenericApplication):
+class Component(Announcing, GenericApplication):
     """Handles messages in all the ways that there are."""
 
     consumer_class = Consumer
-    announced = False
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(Fingerprint(options.component).as_dict(), None)
@@ -58,14 +58,6 @@ class Component(GenericApplication):
         assert isinstance(self.consumer, Consumer)
         self.consumer.record = self.record
         self.consumer.acks_until_death = options.die_at
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.01)
-            self.announced = True
-            print("ready", flush=True)
-        return super().step()
 
     @MessageHandler("command", "plain")
     def msg_plain(self, content: Any) -> None:

@@ -7,29 +7,19 @@ They have the numbers from FIRST on for process ids. Each says ``ready`` when it
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from postage.generic_application import GenericApplication
 from postage.messaging import Fingerprint
-from postage.microthreads import MicroScheduler, sleep
+from postage.microthreads import MicroScheduler
+from tests.programs_for_tests.announcing import Announcing
 
 #: Seconds. Who asks for another heartbeat gets a connection of its own, and the members of one
 #: process shall have as many as processes of one member.
 HEARTBEAT = 60
 
 
-class Member(GenericApplication):
+class Member(Announcing, GenericApplication):
     """Announces that it is consuming."""
-
-    announced = False
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.05)
-            self.announced = True
-            print("ready", flush=True)
-        return super().step()
 
 
 def main(first: int, count: int) -> None:

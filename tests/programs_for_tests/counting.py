@@ -13,22 +13,14 @@ from typing import Any
 from postage.generic_application import GenericApplication
 from postage.messaging import Fingerprint, MessageHandler
 from postage.microthreads import MicroScheduler, sleep
+from tests.programs_for_tests.announcing import Announcing
 
 FILE = Path(sys.argv[1]) / str(os.getpid())
 
 
-class Counting(GenericApplication):
+class Counting(Announcing, GenericApplication):
     """Handles numbers in three ways, each of which takes some milliseconds."""
 
-    announced = False
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.01)
-            self.announced = True
-            print("ready", flush=True)
-        return super().step()
 
     @MessageHandler("command", "plain")
     def msg_plain(self, content: Any) -> None:

@@ -12,9 +12,9 @@ import signal
 import sys
 from typing import Any
 
-from postage.messaging import DefaultExchange, GenericConsumer, MessageHandler, MessageProcessor
-from postage.microthreads import sleep
+from postage.messaging import DefaultExchange, GenericConsumer, MessageHandler
 from postage.retry import RetryPolicy
+from tests.programs_for_tests.announcing import Announcing
 
 
 class Consumer(GenericConsumer):
@@ -27,20 +27,11 @@ class Consumer(GenericConsumer):
         super().ack(method)
 
 
-class Failing(MessageProcessor):
+class Failing(Announcing):
     """Fails always: tries twice, or parks at once."""
 
     consumer_class = Consumer
     retry = RetryPolicy(attempts=2 if "retry" in sys.argv else 1, delay=0.3, jitter=0)
-    announced = False
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.01)
-            self.announced = True
-            print("ready", flush=True)
-        return super().step()
 
     @MessageHandler("command", "work")
     def msg_work(self, content: Any) -> None:

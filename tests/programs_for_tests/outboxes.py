@@ -21,8 +21,9 @@ from postage.messaging import (
     GenericProducer,
     MessageHandler,
 )
-from postage.microthreads import MicroScheduler, sleep
+from postage.microthreads import MicroScheduler
 from postage.retry import RetryPolicy
+from tests.programs_for_tests.announcing import Announcing
 
 
 def reach(moment: str) -> None:
@@ -46,21 +47,12 @@ class Children(GenericProducer):
     eks = [(DefaultExchange, "children")]
 
 
-class Component(GenericApplication):
+class Component(Announcing, GenericApplication):
     """Sends what the message says, as children."""
 
     retry = RetryPolicy(attempts=1)  # what fails is parked at once
     consumer_class = Consumer
     outbox = True
-    announced = False
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.01)
-            self.announced = True
-            print("ready", flush=True)
-        return super().step()
 
     @MessageHandler("command", "split")
     def msg_split(self, content: Any) -> None:

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime
-from typing import Any
 
 from postage.messaging import Fingerprint
-from postage.microthreads import MicroScheduler, sleep
+from postage.microthreads import MicroScheduler
 from postage.periodic import Periodic, PeriodicJobs
+from tests.programs_for_tests.announcing import Announcing
 
 
-class Component(PeriodicJobs):
+class Component(Announcing, PeriodicJobs):
     """Has one job."""
 
-    announced = False
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.01)
-            self.announced = True
-            print("ready", flush=True)
-        return super().step()
 
     @Periodic(every=float(sys.argv[2]))
     def tick(self, due: datetime) -> None:
