@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import pika
 
@@ -87,6 +87,8 @@ _NOT_FOR_RPC = _DELAYS | {"_ttl", "_correlation_id"}
 _MESSAGE_KEYWORDS = (
     _ROUTING | _PROPERTIES | _NOT_FOR_RPC | {"_confirm", "_timeout", "_future", "_outbox"}
 )
+#: The keywords of a call that needs none.
+_NOTHING: Mapping[str, Any] = {}
 _RPC_KEYWORDS = _ROUTING | _PROPERTIES | {"_timeout", "_max_retry", "_queue_only", "_future"}
 
 #: Guards the lazy opening of producers. Of the process, and new in a forked child.
@@ -336,9 +338,12 @@ class GenericProducer:
         That is the producer's ``build_<name>``, or else a command of that name, with as
         many parameters as are given.
         """
-        builder = getattr(type(self), f"build_{name}", None) or vars(self).get(f"build_{name}")
+        builder = getattr(type(self), f"build_{name}", None)
         if builder is not None:
-            return partial(builder, self) if hasattr(type(self), f"build_{name}") else builder
+            return partial(builder, self)
+        builder = vars(self).get(f"build_{name}")
+        if builder is not None:
+            return cast(Builder, builder)
         is_rpc = command is not MessageCommand
         verb = name.removeprefix("rpc_" if is_rpc else "message_")
         known = _RPC_KEYWORDS if is_rpc else _MESSAGE_KEYWORDS
@@ -354,7 +359,7 @@ class GenericProducer:
         return self._send(self._compose(_callable, args, kwds), future)
 
     def _compose(self, build: Builder, args: tuple[Any, ...], kwds: dict[str, Any]) -> Composed:
-        special = {name: kwds.pop(name) for name in _MESSAGE_KEYWORDS & kwds.keys()}
+        special = _taken(kwds, _MESSAGE_KEYWORDS)
         message = build(*args, **kwds)
         message.fingerprint(**self._fingerprint())
         return self._compose_body(message.body, special)
@@ -365,7 +370,7 @@ class GenericProducer:
 
     def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> Composed:
         pairs = self._targets(special)
-        wait = _wait_of(special)
+        wait = _wait_of(special) if special else None
         timeout = special.get("_timeout")
         outbox = outboxes.current() if special.get("_outbox", self.outbox) else None
         if outbox is not None and not special.get("_message_id"):
@@ -418,7 +423,7 @@ class GenericProducer:
                 f"an RPC call takes no {', '.join(refused)}: it is sent now, lasts _timeout "
                 "seconds, and its correlation id is its own"
             )
-        special = {name: kwds.pop(name) for name in _RPC_KEYWORDS & kwds.keys()}
+        special = _taken(kwds, _RPC_KEYWORDS)
         message = _callable(*args, **kwds)
         message.fingerprint(**self._fingerprint())
         request = self._request(message, special)
@@ -559,13 +564,13 @@ class GenericProducer:
         special: Mapping[str, Any] | None = None,
         pairs: Sequence[tuple[Any, str]] = (),
     ) -> pika.BasicProperties:
-        special = special or {}
         conversation, headers = lineage()
-        return pika.BasicProperties(
-            **self._properties(special, pairs, headers),
-            correlation_id=_correlation_id_of(special) or conversation,
-            expiration=_expiration_of(special),
-        )
+        properties = self._properties(special or _NOTHING, pairs, headers)
+        properties["correlation_id"] = conversation
+        if special:
+            properties["correlation_id"] = _correlation_id_of(special) or conversation
+            properties["expiration"] = _expiration_of(special)
+        return pika.BasicProperties(**properties)
 
     def _properties(
         self,
@@ -573,21 +578,25 @@ class GenericProducer:
         pairs: Sequence[tuple[Any, str]],
         headers: Mapping[str, Any],
     ) -> dict[str, Any]:
-        headers = {**headers, **(special.get("_headers") or {})}
-        message_id = special.get("_message_id") or new_message_id()
-        persistent = special.get("_persistent", self.persistent)
         name = self.fingerprint.get("name")
+        app_id = None if name is None else str(name)
         properties: dict[str, Any] = {
             "content_type": self.encoder.content_type or None,
-            "delivery_mode": 2 if persistent else 1,  # AMQP 0-9-1: 2 is persistent
-            "message_id": message_id,
+            # AMQP 0-9-1: 2 is persistent.
+            "delivery_mode": 2 if special.get("_persistent", self.persistent) else 1,
+            "message_id": special.get("_message_id") or new_message_id(),
             "timestamp": int(time.time()),
-            "app_id": str(name) if name is not None else None,
-            "headers": dict(headers) if headers else None,
-            "priority": _priority_of(special),
+            "app_id": app_id,
         }
-        doubtful = any(len(key) > _SHORT for _exchange, key in pairs) or len(str(name)) > _SHORT
-        if headers or doubtful or "_message_id" in special:
+        if special:
+            headers = {**headers, **(special.get("_headers") or {})}
+            properties["priority"] = _priority_of(special)
+        if headers:
+            properties["headers"] = dict(headers)
+        doubtful = bool(headers) or "_message_id" in special
+        for text in (app_id or "", *[key for _exchange, key in pairs]):
+            doubtful |= len(text) > _SHORT
+        if doubtful:
             if not _DELAYS.isdisjoint(special):  # there must be room for what they add
                 headers = {**(headers or {}), **MOST_HEADERS}
             checked = pika.BasicProperties(**{**properties, "headers": headers})
@@ -668,6 +677,13 @@ class GenericProducer:
 def _show(body: bytes, pairs: Iterable[tuple[Any, str]]) -> None:
     if logger.isEnabledFor(debugging.DEBUG):
         logger.debug("> %s to %s", body, [(exchange.name, key) for exchange, key in pairs])
+
+
+def _taken(kwds: dict[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
+    """Take what steers a call out of the keywords that it was given."""
+    if known.isdisjoint(kwds):  # nearly always
+        return _NOTHING
+    return {name: kwds.pop(name) for name in known & kwds.keys()}
 
 
 def _refuse_unknown(name: str, kwds: Iterable[str], known: Iterable[str]) -> None:

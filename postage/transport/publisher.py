@@ -381,6 +381,7 @@ class Publisher:
 
     def _pump(self) -> None:
         """Write what is held, in order, until something has to be waited for."""
+        known: Preparation | None = None  # mostly the same for many
         while self._held and self._channel is not None and self.connection.state is State.READY:
             if self._refusing and not self._listener:  # a reply comes to this channel alone
                 if not self._written:
@@ -391,9 +392,11 @@ class Publisher:
                 break
             if publishing.aim is not None:
                 publishing.aim(publishing)
-            if not self.connection.knows(publishing.preparation):
-                self._declare(publishing)
-                break
+            if publishing.preparation is not known:
+                known = publishing.preparation
+                if not self.connection.knows(known):
+                    self._declare(publishing)
+                    break
             self._held.popleft()
             self._write(self._channel, publishing)
 
@@ -500,12 +503,13 @@ class Publisher:
     ) -> None:
         if publishing.fate is not None:
             return  # its sender did not want to wait for more than the writing
-        error = error or _error_of(publishing, fate)
-        if publishing.in_doubt and error is not None and not is_certain:
-            fate, error = Fate.UNKNOWN, _doubtful(publishing, error)
-        publishing.fate, publishing.error = fate, error
-        if publishing.error is not None:
-            self.incident = incident(publishing.error)
+        if fate is not Fate.CONFIRMED and fate is not Fate.WRITTEN:
+            error = error or _error_of(publishing, fate)
+            if publishing.in_doubt and not is_certain:
+                fate, error = Fate.UNKNOWN, _doubtful(publishing, error)
+            publishing.error = error
+            self.incident = incident(error)
+        publishing.fate = fate
         publishing.settled(publishing)
 
     # -------------------------------------------------------------------- deadlines
@@ -549,7 +553,7 @@ class Publisher:
         return PublishTimeoutError(f"{text}, {self.connection.overdue('in time')}")
 
 
-def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:
+def _error_of(publishing: Publishing, fate: Fate) -> TransportError:
     name, key = publishing.pair
     if fate is Fate.RETURNED:
         return UnroutableError([publishing.pair])
@@ -558,12 +562,10 @@ def _error_of(publishing: Publishing, fate: Fate) -> TransportError | None:
             f"publish to exchange {name!r} key {key!r}: the broker refused it; "
             "a queue that it goes to is full (x-overflow reject-publish) or failing"
         )
-    if fate is Fate.UNKNOWN:
-        return PublishUnknownError(
-            f"publish to exchange {name!r} key {key!r}: written, and the confirm never came; "
-            f"it may have arrived (message id {publishing.properties.message_id})"
-        )
-    return None
+    return PublishUnknownError(
+        f"publish to exchange {name!r} key {key!r}: written, and the confirm never came; "
+        f"it may have arrived (message id {publishing.properties.message_id})"
+    )
 
 
 def _doubtful(publishing: Publishing, error: PostageError) -> PostageError:
