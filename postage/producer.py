@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pika
 
@@ -103,6 +103,18 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 Builder = Callable[..., Any]
+
+
+class _Targets(NamedTuple):
+    """Where a message goes: the pairs as values, and the queue that the first leads to."""
+
+    pairs: Sequence[tuple[ExchangeSpec, str]]
+    queue: str | None
+
+
+def _targets_of(pairs: Sequence[tuple[type[Exchange], str]]) -> _Targets:
+    first, key = pairs[0]
+    return _Targets([(exchange.spec(), key) for exchange, key in pairs], first.queue_of(key))
 
 
 class GenericProducer:
@@ -200,8 +212,9 @@ class GenericProducer:
             **(fingerprint or {}),
         }
         self._settings = settings_for(self.hup, self.vhost)
-        #: What `eks` was when it was last read, and the values of its pairs.
-        self._read: tuple[Any, list[tuple[ExchangeSpec, str]]] = (None, [])
+        self._compat = compat_from_environment()
+        #: What `eks` was when it was last read, and what it means.
+        self._read: tuple[Any, _Targets] = (None, _Targets([], None))
         self._targets({})
         self._replies = ReplyStream()
         self._collectors: dict[str, ReplyCollector] = {}
@@ -369,7 +382,7 @@ class GenericProducer:
         return self._compose_body(body, kwds)
 
     def _compose_body(self, body: Mapping[str, Any], special: Mapping[str, Any]) -> Composed:
-        pairs = self._targets(special)
+        pairs = self._targets(special).pairs
         wait = _wait_of(special) if special else None
         timeout = special.get("_timeout")
         outbox = outboxes.current() if special.get("_outbox", self.outbox) else None
@@ -431,7 +444,7 @@ class GenericProducer:
         if special.get("_queue_only"):
             return self._rpc_queue(publisher, request, special)
         reply = Reply(publisher.hub.wait, publisher.hub.nudge, self.encoder.decode)
-        compat = (self.compat or compat_from_environment()) is not None
+        compat = bool(self.compat or self._compat)
         caller = Caller(publisher, self._replies, request, reply, compat)
         if special.get("_future"):
             publisher.hub.call(caller.start)
@@ -441,28 +454,28 @@ class GenericProducer:
         return reply.result()
 
     def _request(self, message: Message, special: Mapping[str, Any]) -> Request:
-        pairs = self._get_eks(special)[:1]
-        exchange, key = pairs[0]
+        targets = self._targets(special)
+        exchange, key = pair = targets.pairs[0]
         timeout, retries = special.get("_timeout"), special.get("_max_retry")
         if timeout is None or _seconds("_timeout", timeout, negative=True) < 0:
             timeout = _seconds("rpc_timeout", self.rpc_timeout)
         body = self._encode(message.body)
-        _show(body, pairs)
+        _show(body, [pair])
         conversation, headers = lineage()
         if conversation is not None:
             headers[CONVERSATION] = conversation  # the correlation id is that of the call
         return Request(
-            exchange.spec(),
+            exchange,
             key,
             body,
             {
-                **self._properties(special, pairs, headers),
+                **self._properties(special, [pair], headers),
                 "delivery_mode": 2 if special.get("_persistent") else 1,  # it is sent again
             },
             timeout=float(timeout),
             max_retry=self.max_retry if retries is None else max(0, int(retries)),
             mandatory=bool(special.get("_mandatory", True)),
-            queue=exchange.queue_of(key),
+            queue=targets.queue,
         )
 
     def _rpc_queue(self, publisher: Publisher, request: Request, special: Mapping[str, Any]) -> str:
@@ -533,13 +546,13 @@ class GenericProducer:
 
     # ------------------------------------------------------------------ what both need
 
-    def _targets(self, special: Mapping[str, Any]) -> Sequence[tuple[ExchangeSpec, str]]:
-        """Return the pairs as values. Those of `eks` are read again only if it was changed."""
+    def _targets(self, special: Mapping[str, Any]) -> _Targets:
+        """Return where a message goes. What `eks` says is read again only if it was changed."""
         if not _ROUTING.isdisjoint(special):
-            return [(exchange.spec(), key) for exchange, key in self._get_eks(special)]
+            return _targets_of(self._get_eks(special))
         eks = tuple(self.eks)
         if eks != self._read[0]:
-            self._read = eks, [(exchange.spec(), key) for exchange, key in self._get_eks({})]
+            self._read = eks, _targets_of(self._get_eks(special))
         return self._read[1]
 
     def _get_eks(self, special: Mapping[str, Any]) -> Sequence[tuple[type[Exchange], str]]:

@@ -908,11 +908,11 @@ def answer_like_1_2_1(server: PikaServer, properties: Any, body: dict[str, Any])
 
 
 def test_a_service_of_1_2_1_can_be_called(
-    broker_url: str, monkeypatch: pytest.MonkeyPatch, client: Client
+    broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each attempt has a queue of its own, since no correlation id comes back."""
     monkeypatch.setenv("POSTAGE_COMPAT", "1.2")
-    with PikaServer(broker_url, answer_like_1_2_1) as server:
+    with PikaServer(broker_url, answer_like_1_2_1) as server, Client() as client:
         assert "T" == client.rpc_echo("T").value
         futures = [client.rpc_echo(number, _future=True) for number in range(20)]
         assert list(range(20)) == [future.result(30).value for future in futures]
