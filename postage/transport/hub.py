@@ -76,6 +76,10 @@ UNASKED = 10
 #: have to finish one round, so more than a moment means that one is stuck in a callback.
 FORK_PATIENCE = 10.0
 
+#: Seconds after which a leader that leaves looks for events first. A thread that only sends, and
+#: never waits, hears of its confirms and of the broker's heartbeats so.
+UNPOLLED = 0.01
+
 #: Rounds of pushing that a leader does for others before it leaves. Under load every
 #: push brings new events, and the thread has its own work to return to.
 PUSHES = 3
@@ -93,13 +97,19 @@ class _Timer:
 class _Loop(IOLoop):
     """pika's loop, which also knows the descriptors that it watches, and keeps the timers.
 
+    A socket that pika has something for is nearly always writable. So `push()` tries that at
+    once, and the poller is asked only about what did not take all: a message costs one system
+    call, and neither a poll nor two changes of what is polled.
+
     An exception that leaves pika's own `process_timeouts()` takes the other timers along
     that were due. One that strikes while pika compares two timers leaves them in disorder:
     from then on a poll lasts too long. Tuples are compared without a line of Python.
     """
 
     def __init__(self) -> None:
-        self.watched: set[int] = set()
+        self.watched: dict[int, Callable[[int, int], None]] = {}
+        self._wanted: dict[int, int] = {}  # what pika wants to hear of each of them
+        self._untried: dict[int, None] = {}  # those that pika has something for
         #: Seconds that the next poll lasts at most, or None for until the next timer.
         self.limit: float | None = None
         self._timers: list[tuple[float, int, _Timer]] = []  # a heap
@@ -108,12 +118,35 @@ class _Loop(IOLoop):
         super().__init__()
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
-        self.watched.add(fd)
+        self.watched[fd] = handler
+        self._wanted[fd] = events
         super().add_handler(fd, handler, events)
 
+    def update_handler(self, fd: int, events: int) -> None:
+        before, self._wanted[fd] = self._wanted[fd], events
+        if fd in self._untried:
+            del self._untried[fd]
+            before &= ~self.WRITE  # the poller knows nothing of it yet
+        if events & ~before == self.WRITE:
+            self._untried[fd] = None
+            events &= ~self.WRITE
+        if events != before:
+            super().update_handler(fd, events)
+
     def remove_handler(self, fd: int) -> None:
-        self.watched.discard(fd)
+        self.watched.pop(fd, None)
+        self._wanted.pop(fd, None)
+        self._untried.pop(fd, None)
         super().remove_handler(fd)
+
+    def push(self) -> None:
+        """Write what pika has to write, as far as the sockets take it now."""
+        while self._untried:
+            fd = next(iter(self._untried))
+            self.watched[fd](fd, self.WRITE)
+            if fd in self._untried:  # there is more
+                del self._untried[fd]
+                super().update_handler(fd, self._wanted[fd])
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
         timer = _Timer(callback)
@@ -143,10 +176,14 @@ class _Loop(IOLoop):
 
     def _get_remaining_interval(self) -> float | None:
         """Tell how long to poll. Asked by pika's poller."""
-        intervals = [super()._get_remaining_interval(), self.limit]
-        if self._timers:
-            intervals.append(max(0.0, self._timers[0][0] - time.monotonic()))
-        return min((each for each in intervals if each is not None), default=None)
+        interval = super()._get_remaining_interval()
+        if self.limit is not None and (interval is None or self.limit < interval):
+            interval = self.limit
+        if self._timers and interval != 0.0:
+            left = max(0.0, self._timers[0][0] - time.monotonic())
+            if interval is None or left < interval:
+                return left
+        return interval
 
 
 class _Gate:
@@ -163,8 +200,9 @@ class _Gate:
         self._lock.acquire()
 
     def open(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it is open already
-            self._lock.release()
+        if self._lock.locked():
+            with contextlib.suppress(RuntimeError):  # another thread was faster
+                self._lock.release()
 
     def wait(self, timeout: float | None = None) -> bool:
         return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
@@ -222,7 +260,9 @@ class Hub:
         #: What to run, and the visit that wants to know what it raises.
         self._calls: collections.deque[tuple[Callable[[], None], _Visit | None]]
         self._calls = collections.deque()
-        self._unpushed = False  # something of ours ran since the last poll and may have written
+        self._unpushed = False  # something of ours ran since the last push and may have written
+        self._polled = time.monotonic()
+        self._awake = False  # a byte is in the wake-up socket, or the leader is about to look
         self._freezer: _Visit | None = None  # the thread that forks: all others leave the chair
         self._closed = False
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
@@ -314,8 +354,16 @@ class Hub:
 
     def wake(self) -> None:
         """End the leader's poll. Safe everywhere, also in a signal handler."""
-        with contextlib.suppress(OSError):  # full: it is awake already. Closed: nobody polls
+        if self._awake:
+            return  # one byte is enough for all who come before the leader looks
+        try:
+            self._awake = True
             self._wakeup_writer.send(b"\0")
+        except OSError:
+            pass  # full: it is awake already. Closed: nobody polls
+        except BaseException:  # an interrupt, perhaps before the byte was sent
+            self._awake = False
+            raise
 
     def nudge(self) -> None:
         """Let the leader look at the queue and at what others wait for.
@@ -409,7 +457,10 @@ class Hub:
                     self._run_calls()
                     if not self._unpushed:
                         break
-                    self._poll(0.0)  # rule 2: pika only buffers, a poll pushes the bytes out
+                    if time.monotonic() - self._polled < UNPOLLED:
+                        self._push()  # rule 2: pika only buffers
+                    else:
+                        self._poll(0.0)
                 heir = self._leave(visit)
                 # rule 2: what was appended meanwhile saw us in the chair
                 if not self._calls or not self._take(visit):
@@ -494,6 +545,7 @@ class Hub:
         idle: Callable[[], bool] | None = None,
     ) -> None:
         while True:
+            self._awake = False  # before we look: who comes after that has to wake us
             self._run_calls()
             self._look()
             if ready() or (idle is not None and idle()) or self._freezer is not None:
@@ -522,20 +574,34 @@ class Hub:
             finally:
                 self._calls.popleft()
 
+    def _push(self) -> None:
+        """Write what waits to be written."""
+        self._turn(self.loop.push)
+
     def _poll(self, limit: float | None = None) -> None:
-        """Wait for events and dispatch them; 0 means only those that are there."""
+        """Write, wait for events and dispatch them; 0 means only those that are there."""
+        self.loop.limit = limit
+        self._turn(self._push_and_poll)
+        self._polled = time.monotonic()
+
+    def _turn(self, turn: Callable[[], None]) -> None:
+        """Let pika do something."""
         self._unpushed = False
-        # Some were appended by those that just ran. After the line above, see `nudge()`.
-        self.loop.limit = 0.0 if self._calls else limit
         try:
-            self.loop.poll()
-            self.loop.process_timeouts()
+            turn()
         except Exception as error:  # rule 6: pika itself failed
             logger.exception("the I/O loop failed; all connections start anew")
             self._break(error)
         except BaseException as error:  # KeyboardInterrupt, anywhere between two lines of pika
             self._break(error)
             raise
+
+    def _push_and_poll(self) -> None:
+        self.loop.push()
+        if self._calls:  # appended by those that just ran. See `nudge()`
+            self.loop.limit = 0.0
+        self.loop.poll()
+        self.loop.process_timeouts()
 
     def _break(self, error: BaseException) -> None:
         for callback in tuple(self.on_broken):
