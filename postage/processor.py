@@ -14,10 +14,8 @@ in a context of its own, as a task of asyncio does, and its outbox is sent befor
 from __future__ import annotations
 
 import collections
-import contextvars
 import copy
 import dataclasses
-import enum
 import inspect
 import logging
 import math
@@ -25,15 +23,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from postage import outbox as outboxes
 from postage import restart
+from postage.answering import Answering, kind_of, note_loss
 from postage.breaker import CircuitBreaker
 from postage.consumer import PUBLISH_TIMEOUT, GenericConsumer
-from postage.context import current_delivery, enter
+from postage.context import current_delivery
 from postage.dedupe import Dedupe, Done
 from postage.errors import (
     AckAndRestart,
@@ -49,59 +46,22 @@ from postage.futures import Future
 from postage.handlers import MessageHandler, MessageHandlerType, Registration
 from postage.headers import HANDLER
 from postage.health import ComponentHealth, Incident, incident, latest, parts_of
-from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread
 from postage.moving import Mover
 from postage.outbox import Outbox
 from postage.retry import Failure, RetryPolicy
-from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
+from postage.running import Ended, Runner
 from postage.topology import Eqk
 from postage.transport.subscriber import Delivery
-
-if TYPE_CHECKING:
-
-    from postage.workers import EventLoop, WorkerPool
+from postage.verdict import ACK, LEAVING, Fate, Handling, Verdict
 
 _Processor = TypeVar("_Processor", bound="MessageProcessor")
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a handler in a thread or a coroutine is trusted not to crash the process,
-#: and messages beside its own are delivered ahead: it may wait for one of them.
-TRUST_AFTER = 1.0
-
-
 #: Deliveries after which a message may be one that ends the process each time. The broker will
 #: move it to the error queue then (delivery limit), which should be known of by that time.
 SUSPICIOUS = 5
-
-
-class Fate(enum.Enum):
-    """What becomes of a message."""
-
-    ACK = "ack"
-    REJECT = "reject"
-    PARK = "park"
-    STOP = "stop"  # ack, and the microthread ends
-    EXIT = "exit"  # ack, and the scheduler ends
-    RESTART = "restart"  # ack, and the program starts anew
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of a message, and why. Copies for its failures are sent before."""
-
-    fate: Fate
-    reason: str = ""
-    error: BaseException | None = None
-    failures: tuple[Failure, ...] = ()
-
-
-ACK = Verdict(Fate.ACK)
-_LEAVING = (Fate.STOP, Fate.EXIT, Fate.RESTART)
-
-#: The steps of handling a message: it yields waitables, and returns the verdict.
-Handling = Generator[Any, Any, Verdict]
 
 
 class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
@@ -168,8 +128,8 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._hub = self.consumer.subscriber.hub
         self._inbox = _Inbox(self)
         self._in_flight: dict[Delivery, Generator[Any, Any, None]] = {}
-        self._cancels: dict[Delivery, Callable[[], Any]] = {}
-        self._answered = AnsweredCalls()
+        self._runner = Runner(self, self.consumer)
+        self._answering = Answering(self, self.consumer, self._runner, self._note_failure)
         self._breaker = CircuitBreaker(
             self.breaker, self.breaker_policy, time.monotonic, random.random
         )
@@ -179,8 +139,6 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self._farewell: tuple[Delivery, Verdict] | None = None
         self._stopping = False
         self._ended = False
-        self._pool: WorkerPool | None = None
-        self._event_loop: EventLoop | None = None
 
     def __repr__(self) -> str:
         name = self.fingerprint.get("name")
@@ -392,7 +350,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     def _abandon(self, delivery: Delivery) -> None:
         """Give up a handler that still runs. Its message is delivered again."""
         task = self._in_flight.pop(delivery)
-        self._cancels.pop(delivery, _nothing)()
+        self._runner.cancel(delivery)
         is_running = inspect.getgeneratorstate(task) == inspect.GEN_RUNNING  # it closes us itself
         if self.scheduler is not None and not is_running:
             self.scheduler.discard(task)
@@ -412,14 +370,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self.consumer.close()
         if self.dedupe is not None:
             self.dedupe.close()
-        if self._pool is not None:
-            self._pool.close(0.0)
-            self._pool = None
-        if self._event_loop is not None:
-            from postage import workers
-
-            workers.release_event_loop(self._event_loop)
-            self._event_loop = None
+        self._runner.close()
         return clean
 
     def _depart(self) -> Generator[Any, Any, bool]:
@@ -447,18 +398,39 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     # ----------------------------------------------------------------- one message
 
     def _handle(self, delivery: Delivery) -> Generator[Any, Any, None]:
+        is_answered = False
         try:
             if delivery.redelivered and _deliveries(delivery) >= SUSPICIOUS:
                 yield from self._mover.announce(delivery)
-            verdict = yield from self._judge(delivery)
+            outcome = yield from self._judge(delivery)
             self._handled += 1
-            yield from self._carry_out(delivery, verdict)
+            is_answered = isinstance(outcome, Future)
+            if isinstance(outcome, Future):
+                outcome.when_ready(partial(self._confirmed, delivery, outcome))
+            elif outcome is ACK:
+                self.consumer.ack(delivery)
+            else:
+                yield from self._carry_out(delivery, outcome)
         finally:
-            self._in_flight.pop(delivery, None)
-            self._cancels.pop(delivery, None)
+            if not is_answered:
+                self._in_flight.pop(delivery, None)
+            self._runner.forget(delivery)
 
-    def _judge(self, delivery: Delivery) -> Handling:
-        """Have a message handled, and decide what becomes of it."""
+    def _confirmed(self, delivery: Delivery, answer: Future[None]) -> None:
+        """Settle a request whose answer the broker has. Called by whoever leads."""
+        note_loss(answer)
+        if self._in_flight.pop(delivery, None) is None or self._ended:
+            return  # it was abandoned, and is delivered again
+        self.consumer.ack(delivery)
+        if not self.consumer.subscriber.inbox:
+            self.consumer.subscriber.flush()
+
+    def _judge(self, delivery: Delivery) -> Generator[Any, Any, Verdict | Future[None]]:
+        """Have a message handled, and decide what becomes of it.
+
+        Returns:
+            The verdict, or the confirm of an answer: then it is done with.
+        """
         message_id = delivery.properties.message_id
         if message_id is not None and message_id == restart.cause():
             return ACK  # what this run is the answer to
@@ -466,11 +438,14 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             body = self._read(delivery)
         except DecodeError as error:
             if delivery.properties.reply_to is not None:
-                return (yield from self._answer(delivery, MessageResultError(str(error))))
+                return (yield from self._answering.refuse(delivery, str(error)))
             return Verdict(Fate.PARK, "unreadable", error)
         handlers = self._handlers_of(body)
         if body["category"] == "rpc":
-            return (yield from self._judge_rpc(delivery, body, handlers[:1]))
+            outcome = self._answer(delivery, body, handlers[0] if handlers else None)
+            if isinstance(outcome, (Verdict, Future)):
+                return outcome
+            return (yield from outcome)
         several = len(handlers) > 1
         only = delivery.headers.get(HANDLER)
         if only is not None:
@@ -485,7 +460,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             data = self._data(body, registration, shared=number < len(handlers) - 1)
             try:
                 outbox = self._outbox_of(delivery, registration)
-                yield from self._run(delivery, registration, (data,), outbox)
+                rest = self._runner.run(delivery, registration, (data,), outbox)
+                if rest is not None:
+                    yield from rest
                 self._note_success(delivery, registration)
             except FilterError as error:
                 keeper = printable(error)
@@ -493,7 +470,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             except RejectMessage:
                 fate, reason = Fate.REJECT, "rejected"
                 break
-            except _Ended:
+            except Ended:
                 fate = Fate.STOP
                 break
             except ExitScheduler:
@@ -504,7 +481,18 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 break
             except Exception as error:
                 failures.append(self._failure(delivery, body, registration, several, error))
+        if fate is Fate.ACK and not failures:
+            return ACK
         return Verdict(fate, reason, failures=tuple(failures))
+
+    def _answer(
+        self, delivery: Delivery, body: dict[str, Any], registration: Registration | None
+    ) -> Verdict | Future[None] | Handling:
+        if registration is None:
+            return self._answering.answer(delivery, body, None, None, None)
+        data = self._data(body, registration, shared=False)
+        outbox = self._outbox_of(delivery, registration)
+        return self._answering.answer(delivery, body, registration, data, outbox)
 
     def _is_repeated(self, delivery: Delivery, registration: Registration) -> bool:
         """Tell whether a handler has handled a message before, as far as is remembered."""
@@ -552,111 +540,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         except Exception:
             logger.exception("%s.on_error() failed", type(self).__name__)
 
-    def _judge_rpc(
-        self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
-    ) -> Handling:
-        header = delivery.properties
-        if header.reply_to is None:
-            return Verdict(
-                Fate.PARK, "unanswerable", DecodeError("an RPC request without reply_to")
-            )
-        if _is_overdue(delivery):
-            logger.debug("nobody waits for the answer to %r any more", delivery)
-            return ACK
-        known = self._answered.repeated(header)
-        if known is not None:
-            if not known.done:
-                known.waiting.append(header)  # for what comes after what has come
-            return (
-                yield from self._confirmed([self._reply(delivery, each) for each in known.replies])
-            )
-        settled = False
-        try:
-            verdict = yield from self._answer_new(delivery, body, handlers)
-            settled = True
-        finally:
-            self._answered.finish(header.message_id, settled)
-        return verdict
-
-    def _answer_new(
-        self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
-    ) -> Handling:
-        header = delivery.properties
-        answers: list[Future[None]] = []
-        replies: list[bytes] = []
-
-        def answer(reply: bytes) -> None:
-            replies.append(reply)
-            answers.append(self._reply(delivery, reply))
-            for waiting in self._answered.add(header.message_id, reply):
-                answers.append(self.consumer.reply(waiting, reply, PUBLISH_TIMEOUT))
-
-        verdict = ACK
-        if not handlers:
-            answer(self._error(f"no handler for {_kind(body)}"))
-            yield from self._confirmed(answers)
-            return verdict
-        handler, message_id = handlers[0].attribute, header.message_id
-        known = None
-        if self.dedupe is not None and message_id is not None:
-            known = self.dedupe.get(handler, message_id)
-        for reply in () if known is None else known.replies:
-            answer(reply)
-        if known is None:
-            data = self._data(body, handlers[0], shared=False)
-            verdict = yield from self._run_rpc(delivery, handlers[0], data, answer)
-            if not answers:
-                answer(self._error(f"the handler of {_kind(body)} ended without a reply"))
-            if self.dedupe is not None and message_id is not None:
-                self.dedupe.add(handler, message_id, Done(tuple(replies)))
-        yield from self._confirmed(answers)
-        return verdict
-
-    def _run_rpc(
-        self,
-        delivery: Delivery,
-        registration: Registration,
-        data: Any,
-        answer: Callable[[bytes], None],
-    ) -> Handling:
-        """Run the handler of an RPC call. Whatever it raises is also its answer."""
-        encode = self.consumer.reply_body
-        outbox = self._outbox_of(delivery, registration)
-
-        def reply_func(message: Any) -> None:
-            reply = encode(message)
-            if outbox is None:
-                answer(reply)
-            else:
-                outbox.then(answer, reply)
-
-        try:
-            yield from self._run(delivery, registration, (data, reply_func), outbox)
-        except FilterError as error:
-            text = printable(error)
-            answer(self._error(f"filtered: {text}" if text else "filtered"))
-        except _Ended:
-            answer(encode(MessageResultException("StopIteration", "")))
-            return Verdict(Fate.STOP)
-        except Exception as error:
-            text = printable(error)
-            answer(encode(MessageResultException(type(error).__name__, text)))
-            if isinstance(error, RejectMessage):
-                return Verdict(Fate.REJECT, "rejected")
-            if isinstance(error, ExitScheduler):
-                return Verdict(Fate.EXIT)
-            if isinstance(error, AckAndRestart):
-                return Verdict(Fate.RESTART)
-            self._note_failure(error)
-            logger.error("%s failed: %s", registration.attribute, text, exc_info=error)
-        return ACK
-
     def _note_failure(self, error: Exception) -> None:
         self._failed += 1
         self._incident = incident(error)
-
-    def _error(self, text: str) -> bytes:
-        return self.consumer.reply_body(MessageResultError(text))
 
     def _outbox_of(self, delivery: Delivery, registration: Registration) -> Outbox | None:
         wanted = self.outbox if registration.outbox is None else registration.outbox
@@ -665,106 +551,6 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         # A queue without a name goes with its connection, and so does its consumer tag.
         source = delivery.queue.name or delivery.consumer_tag
         return Outbox(source, registration.attribute, delivery.properties.message_id)
-
-    def _run(
-        self,
-        delivery: Delivery,
-        registration: Registration,
-        arguments: tuple[Any, ...],
-        outbox: Outbox | None,
-    ) -> Generator[Any, Any, None]:
-        """Filter, run a handler to its end, and send its outbox if it succeeded.
-
-        Raises:
-            FilterError: A filter keeps the message from it; any exception of a filter does.
-            _Ended: It raised `StopIteration`, which must not leave a generator.
-            BatchError: Not all of its outbox was confirmed.
-        """
-        call = self._filtered(registration, arguments)
-        context = outboxes.context_of(outbox)
-        context.run(enter, delivery)
-        if outbox is None:
-            yield from self._call(delivery, registration, call, context)
-            return
-        signal = None
-        with outbox:
-            try:
-                yield from self._call(delivery, registration, call, context)
-            except (_Ended, ExitScheduler, AckAndRestart) as success:
-                signal = success
-            yield from outbox.commit()
-        if signal is not None:
-            raise signal
-
-    def _filtered(
-        self, registration: Registration, arguments: tuple[Any, ...]
-    ) -> Callable[[], Any]:
-        """Return the call of a handler, with what its filters leave of the data.
-
-        Raises:
-            FilterError: One of them keeps the message from it.
-        """
-        handler = getattr(self, registration.attribute)
-        data = arguments[0]
-        for function, args, kwds in getattr(handler, "filters", ()):
-            try:
-                data = function(data, *args, **kwds)
-            except FilterError:
-                raise
-            except Exception as error:
-                raise FilterError(f"{type(error).__name__}: {printable(error)}") from error
-        is_class = isinstance(handler, type)
-        return partial(handler, *((self,) if is_class else ()), data, *arguments[1:])
-
-    def _call(
-        self,
-        delivery: Delivery,
-        registration: Registration,
-        call: Callable[[], Any],
-        context: contextvars.Context,
-    ) -> Generator[Any, Any, None]:
-        """Call and, if it is not a plain function, go on with a handler, all in its context."""
-        if registration.threaded:
-            self.consumer.subscriber.trust(delivery.queue, TRUST_AFTER)
-            result = yield from self._run_in_thread(partial(context.run, call))
-        else:
-            try:
-                result = context.run(call)
-            except StopIteration:
-                raise _Ended from None
-        if isinstance(getattr(self, registration.attribute), type):
-            result = getattr(result, "result", None)
-        if inspect.isgenerator(result):
-            self.consumer.subscriber.trust(delivery.queue)
-            yield from outboxes.steps(context, result)
-        elif inspect.iscoroutine(result):
-            self.consumer.subscriber.trust(delivery.queue, TRUST_AFTER)
-            yield context.run(self._in_event_loop, delivery, result)
-        elif inspect.isasyncgen(result):
-            raise TypeError(f"the handler {registration.attribute} is an asynchronous generator")
-
-    def _run_in_thread(self, call: Callable[[], Any]) -> Generator[Any, Any, Any]:
-        if self._pool is None:
-            from postage import workers
-
-            name = f"postage-{self.fingerprint.get('name') or type(self).__name__}"
-            self._pool = workers.WorkerPool(self.threads, name)
-        future: Future[Any] = Future(self._hub.wait, self._hub.nudge)
-        self._pool.submit(call, future)
-        try:
-            return (yield future)
-        except StopIteration:
-            raise _Ended from None
-
-    def _in_event_loop(self, delivery: Delivery, coroutine: Any) -> Future[Any]:
-        """Start a coroutine. asyncio gives it a copy of the context that this runs in."""
-        if self._event_loop is None:
-            from postage import workers
-
-            self._event_loop = workers.acquire_event_loop()
-        future: Future[Any] = Future(self._hub.wait, self._hub.nudge)
-        self._cancels[delivery] = self._event_loop.submit(coroutine, future)
-        return future
 
     # -------------------------------------------------------------- decisions, no I/O
 
@@ -807,11 +593,12 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         if choice == "reject":
             return Verdict(Fate.REJECT, "unhandled")
         if choice == "park":
-            return Verdict(Fate.PARK, "unhandled", DecodeError(f"no handler for {_kind(body)}"))
+            return Verdict(Fate.PARK, "unhandled", DecodeError(f"no handler for {kind_of(body)}"))
         kind = (body["category"], body["type"], body["name"])
         self.skipped[kind] += 1
         if self.skipped[kind] == 1:
-            logger.warning("skipped %s: %s has no handler for it", _kind(body), type(self).__name__)
+            name = type(self).__name__
+            logger.warning("skipped %s: %s has no handler for it", kind_of(body), name)
         return ACK
 
     @staticmethod
@@ -837,33 +624,11 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                 self.consumer.ack(delivery)
         elif verdict.fate is Fate.REJECT:
             yield from self._mover.reject(delivery)
-        elif verdict.fate in _LEAVING and self._farewell is None:
+        elif verdict.fate in LEAVING and self._farewell is None:
             self._farewell = (delivery, verdict)  # it is settled last, see leave()
             self._inbox.notify()
         else:
             self.consumer.ack(delivery)
-
-    def _reply(self, delivery: Delivery, body: bytes) -> Future[None]:
-        return self.consumer.reply(delivery.properties, body, _patience(delivery))
-
-    def _answer(self, delivery: Delivery, message: Any) -> Handling:
-        """Send one answer, and ack when the broker has it."""
-        return (
-            yield from self._confirmed([self._reply(delivery, self.consumer.reply_body(message))])
-        )
-
-    def _confirmed(self, answers: list[Future[None]]) -> Handling:
-        """Wait until the broker took the answers: only then is the request done."""
-        for answer in list(answers):
-            try:
-                yield answer
-            except PostageError as error:  # the caller has stopped waiting by now
-                logger.warning("an answer was lost: %s", error)
-        return ACK
-
-
-class _Ended(Exception):
-    """A handler raised StopIteration."""
 
 
 class _Inbox:
@@ -914,26 +679,7 @@ _NEEDED: dict[str, tuple[type, ...]] = {
 }
 
 
-def _kind(body: Mapping[str, Any]) -> str:
-    return f"{body['category']} {body['type']!r} {body['name']!r}"
-
-
-def _patience(delivery: Delivery) -> float:
-    """Return the seconds that the caller of an RPC waits, counted from the delivery."""
-    timeout = (delivery.properties.headers or {}).get(TIMEOUT_HEADER)
-    return timeout / 1000 if isinstance(timeout, int) and timeout >= 0 else PUBLISH_TIMEOUT
-
-
-def _is_overdue(delivery: Delivery) -> bool:
-    """Tell whether the caller has stopped waiting, by our own clock alone."""
-    return time.monotonic() - delivery.received > _patience(delivery)
-
-
 def _deliveries(delivery: Delivery) -> int:
     """Return how often a quorum queue has delivered a message before."""
     count = delivery.headers.get("x-delivery-count")
     return count if isinstance(count, int) else 0
-
-
-def _nothing() -> None:
-    """What to cancel where there is nothing."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Both ends of an RPC call.
+"""The caller's end of an RPC call. The service's end is `postage.answering`.
 
-The caller's end is `Caller`: it sends a request and sees to it that the call ends, with a
-reply or with a falsy result that says why there is none:
+A `Caller` sends a request and sees to it that the call ends, with a reply or with a falsy
+result that says why there is none:
 
 | what happens                                    | result                              |
 |-------------------------------------------------|-------------------------------------|
@@ -12,14 +12,10 @@ reply or with a falsy result that says why there is none:
 | no reply within the timeout, after all retries  | `TimeoutError`                      |
 | no connection, or an alarm of the broker        | the error's name, at the timeout    |
 | the reply cannot be read                        | an error that says so               |
-
-The service's end is `AnsweredCalls`, which answers a repeated request without running its
-handler again.
 """
 
 from __future__ import annotations
 
-import collections
 import logging
 import time
 from collections.abc import Callable, Generator
@@ -421,68 +417,6 @@ class ReplyCollector:
         self._closed = True
         if self._queue is not None and self._name.ready():  # else when it is consumed
             self._publisher.hub.call(self._queue.close)
-
-
-# ---------------------------------------------------------------------- the service's end
-
-
-class Answered:
-    """The replies to one request, for those who repeat it."""
-
-    __slots__ = ("done", "replies", "waiting")
-
-    def __init__(self) -> None:
-        self.replies: list[bytes] = []
-        self.waiting: list[pika.BasicProperties] = []  # repeats that came while it still ran
-        self.done = False
-
-
-class AnsweredCalls:
-    """The latest answered requests of one component, by message id.
-
-    A caller whose timeout ends sends the request again with the same message id. The
-    instance that ran it already answers from here instead of running it twice. Another
-    instance cannot know. ``max_retry = 0`` keeps the caller from sending a request twice; the
-    broker may still deliver it twice, if an instance dies with it.
-
-    Args:
-        size: How many requests are remembered.
-        limit: Bytes of replies beyond which one is not remembered.
-    """
-
-    def __init__(self, size: int = 256, limit: int = 65_536) -> None:
-        self._size = size
-        self._limit = limit
-        self._answered: collections.OrderedDict[str, Answered] = collections.OrderedDict()
-
-    def repeated(self, properties: pika.BasicProperties) -> Answered | None:
-        """Return the entry of a request that is known already, else note it as running."""
-        if properties.message_id is None:
-            return None
-        known = self._answered.get(properties.message_id)
-        if known is None:
-            self._answered[properties.message_id] = Answered()
-            while len(self._answered) > self._size:
-                self._answered.popitem(last=False)
-        return known
-
-    def add(self, message_id: str | None, reply: bytes) -> list[pika.BasicProperties]:
-        """Keep a reply. Returns the repeats that wait for it."""
-        entry = self._answered.get(message_id) if message_id is not None else None
-        if entry is None:
-            return []
-        entry.replies.append(reply)
-        return list(entry.waiting)
-
-    def finish(self, message_id: str | None, settled: bool) -> None:
-        """Note that the handler ended. What it could not settle may run again."""
-        entry = self._answered.get(message_id) if message_id is not None else None
-        if entry is None or message_id is None:
-            return
-        entry.done = True
-        entry.waiting.clear()
-        if not settled or sum(map(len, entry.replies)) > self._limit:
-            del self._answered[message_id]
 
 
 def encoded(encoder: Encoder, body: Any) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any
 import pika
 import pytest
 
+from postage.answering import AnsweredCalls
 from postage.errors import (
     ConfigurationError,
     ConnectionLostError,
@@ -42,7 +43,6 @@ from postage.messaging import (
     RpcHandler,
 )
 from postage.microthreads import MicroScheduler, MicroThread, sleep
-from postage.rpc import AnsweredCalls
 from tests.nodes import Node
 from tests.waiting import wait_until
 
