@@ -55,6 +55,7 @@ from postage.transport.conversation import (
     declare,
     translated,
 )
+from postage.transport.wire import Wire
 
 logger = logging.getLogger(__name__)
 
@@ -389,8 +390,7 @@ class Connection:
     def abort(self, error: Exception) -> None:
         """Drop the socket without a word, as if the network had done it.
 
-        pika has no public way to do that. This is the one private call of pika that
-        postage makes; a test fails if pika changes it.
+        pika has no public way to do that; a test fails if pika changes its private one.
         """
         amqp = self.amqp
         if amqp is not None and not amqp.is_closed and not self._aborted:
@@ -427,7 +427,7 @@ class Connection:
         self._aborted = False
         self._move(Event.ATTEMPT)
         try:
-            self.amqp = pika.SelectConnection(
+            self.amqp = Wire(
                 _parameters(self.settings, self._host, self.purpose),
                 on_open_callback=self.hub.shielded(self._opened),
                 on_open_error_callback=self.hub.shielded(self._lost),

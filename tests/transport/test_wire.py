@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: MIT
+"""The short way through pika: it must not be told from the long one, whatever comes."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import logging
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pika
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pika import frame, spec
+from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils import io_services_utils
+from pika.callback import CallbackManager
+from pika.channel import Channel
+
+from postage.transport import frames, wire
+from postage.transport.wire import Wire
+
+CHANNEL, OTHER_CHANNEL, NO_CHANNEL = 1, 2, 9
+TAG, CANCELLED, NO_TAG = "postage-1-queue", "cancelled", "nobody's"
+
+
+class Peer:
+    """A connection without a socket, and what it does.
+
+    Args:
+        make: The class of the connection.
+    """
+
+    def __init__(self, make: Callable[..., pika.SelectConnection]) -> None:
+        self.seen: list[Any] = []
+        self.sent: list[bytes] = []
+        self.loop = IOLoop()
+        self.connection = make(
+            pika.ConnectionParameters(heartbeat=0),
+            custom_ioloop=self.loop,
+            internal_connection_workflow=False,
+        )
+        self.connection._proto_connection_made(self)
+        start = spec.Connection.Start(
+            server_properties={"capabilities": {"basic.nack": True, "publisher_confirms": True}},
+            mechanisms="PLAIN",
+            locales="en_US",
+        )
+        self.answer(0, start, spec.Connection.Tune(2047, 131_072, 0), spec.Connection.OpenOk(""))
+        self.channels = [self.open(number) for number in (CHANNEL, OTHER_CHANNEL)]
+
+    def open(self, number: int) -> Channel:
+        channel = self.connection.channel(number)
+        self.answer(number, spec.Channel.OpenOk())
+        channel.confirm_delivery(lambda got: self.note("confirm", number, got))
+        self.answer(number, spec.Confirm.SelectOk())
+        channel.add_on_return_callback(lambda *got: self.note("return", number, *got[1:]))
+        channel.add_on_close_callback(lambda _channel, why: self.note("closed", number, repr(why)))
+        for tag in (TAG, CANCELLED):
+            channel.basic_consume(
+                "queue", lambda *got: self.note("deliver", number, *got[1:]), consumer_tag=tag
+            )
+            self.answer(number, spec.Basic.ConsumeOk(tag))
+        channel.basic_cancel(CANCELLED, callback=lambda _ok: None)
+        return channel
+
+    def note(self, *what: Any) -> None:
+        self.seen.append((*what, self.connection.bytes_received, self.connection.frames_received))
+
+    def answer(self, number: int, *methods: Any) -> None:
+        for method in methods:
+            self.connection._proto_data_received(frame.Method(number, method).marshal())
+
+    def feed(self, pieces: Iterable[bytes]) -> list[Any]:
+        """Receive pieces until one is an error, as pika's transport does. Returns all."""
+        for piece in pieces:
+            try:
+                self.connection._proto_data_received(piece)
+            except Exception as error:
+                self.seen.append((type(error), str(error)))
+                break
+        self.note("end", self.connection.connection_state, list(self.sent))
+        return self.seen
+
+    def close(self) -> None:
+        self.loop.close()
+
+    # ------------------------------------------------ what pika's transport would be
+
+    def write(self, data: bytes) -> None:
+        self.sent.append(data)
+
+    def abort(self) -> None:
+        self.seen.append("abort")
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """What pika says of bad frames, many times over, is not to be read."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def both(pieces: list[bytes]) -> tuple[list[Any], list[Any]]:
+    """Return what pika's connection makes of some pieces, and what ours does."""
+    results = []
+    for make in (pika.SelectConnection, Wire):
+        peer = Peer(make)
+        try:
+            results.append(peer.feed(pieces))
+        finally:
+            peer.close()
+    return results[0], results[1]
+
+
+def message(
+    method: Any, properties: pika.BasicProperties, body: bytes, number: int = CHANNEL, size: int = 0
+) -> bytes:
+    """Return the frames of a message, its body in frames of a size, or in one."""
+    parts = [frame.Method(number, method), frame.Header(number, len(body), properties)]
+    for start in range(0, len(body), size or len(body) or 1):
+        parts.append(frame.Body(number, body[start : start + (size or len(body))]))
+    return b"".join(part.marshal() for part in parts)
+
+
+def delivery(body: bytes = b"body", **properties: Any) -> bytes:
+    """Return the frames of a delivery."""
+    method = spec.Basic.Deliver(TAG, 1, False, "exchange", "key")
+    return message(method, pika.BasicProperties(**properties), body)
+
+
+texts = st.text(max_size=20)
+shorts = st.one_of(texts, st.text(alphabet="é", min_size=100, max_size=127))
+scalars = st.one_of(
+    texts,
+    st.booleans(),
+    st.none(),
+    st.binary(max_size=20),
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-(2**31), 2**31 - 1).map(pika.compat.long),
+    st.decimals(-1000, 1000, places=2).map(decimal.Decimal.normalize),
+    st.datetimes(datetime.datetime(1971, 1, 1), datetime.datetime(2100, 1, 1)).map(
+        lambda when: when.replace(microsecond=0, tzinfo=datetime.timezone.utc)
+    ),
+)
+tables = st.dictionaries(
+    texts,
+    st.recursive(
+        scalars, lambda some: st.lists(some, max_size=3) | st.dictionaries(texts, some, max_size=3)
+    ),
+    max_size=4,
+)
+octets = st.integers(0, 255)
+properties = st.builds(
+    pika.BasicProperties,
+    **{
+        name: st.none()
+        | {"headers": tables, "timestamp": st.integers(0, 2**64 - 1)}.get(
+            name, octets if name in ("delivery_mode", "priority") else shorts
+        )
+        for name in vars(pika.BasicProperties())
+    },
+)
+bodies = st.one_of(st.just(b""), st.binary(max_size=50), st.just(b"\xce" * 300))
+numbers = st.sampled_from([CHANNEL, CHANNEL, CHANNEL, OTHER_CHANNEL, NO_CHANNEL, 0])
+tags = st.integers(0, 2**64 - 1)
+delivered = st.builds(
+    spec.Basic.Deliver,
+    st.sampled_from([TAG, TAG, TAG, CANCELLED, NO_TAG]),
+    tags,
+    st.booleans(),
+    shorts,
+    shorts,
+)
+messages = st.builds(
+    message,
+    st.one_of(
+        delivered,
+        delivered,
+        st.builds(spec.Basic.Return, st.integers(0, 65535), texts, texts, texts),
+        st.builds(spec.Basic.GetOk, tags, st.booleans(), texts, texts, st.integers(0, 9)),
+    ),
+    properties,
+    bodies,
+    numbers,
+    st.sampled_from([0, 0, 0, 7]),
+)
+methods = st.builds(
+    lambda number, method: frame.Method(number, method).marshal(),
+    numbers,
+    st.one_of(
+        st.builds(spec.Basic.Ack, tags, st.booleans()),
+        st.builds(spec.Basic.Ack, tags, st.booleans()),
+        st.builds(spec.Basic.Nack, tags, st.booleans(), st.booleans()),
+        st.builds(spec.Basic.Cancel, st.sampled_from([TAG, NO_TAG])),
+        st.builds(spec.Basic.CancelOk, st.sampled_from([CANCELLED, NO_TAG])),
+        st.builds(spec.Channel.Close, st.integers(0, 999), texts, st.just(0), st.just(0)),
+        st.builds(spec.Channel.Flow, st.booleans()),
+        st.builds(spec.Connection.Blocked, texts),
+        delivered,  # and no content comes
+    ),
+)
+others = st.one_of(
+    st.just(frame.Heartbeat().marshal()),
+    st.just(frame.ProtocolHeader().marshal()),
+    st.builds(lambda number, body: frame.Body(number, body).marshal(), numbers, bodies),
+    st.builds(
+        lambda number, size, some: frame.Header(number, size, some).marshal(),
+        numbers,
+        st.integers(0, 60),
+        properties,
+    ),
+)
+good = st.lists(st.one_of(messages, messages, messages, methods), max_size=8).map(b"".join)
+odd = st.lists(st.one_of(messages, messages, methods, others), max_size=8).map(b"".join)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Return good frames with something wrong anywhere."""
+    whole = bytearray(draw(odd))
+    for _ in range(draw(st.integers(1, 3))):
+        where = draw(st.integers(0, len(whole)))
+        how = draw(st.integers(0, 2))
+        if how == 0:
+            whole[where : where + 1] = draw(st.binary(min_size=1, max_size=1))
+        elif how == 1:
+            whole[where:where] = draw(st.binary(max_size=8))
+        else:
+            del whole[where : where + draw(st.integers(1, 8))]
+    return bytes(whole)
+
+
+@st.composite
+def pieces(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> list[bytes]:
+    """Return bytes as a socket may give them."""
+    left = draw(whole)
+    cuts = sorted(draw(st.lists(st.integers(0, len(left)), max_size=6)))
+    parts = [left[start:end] for start, end in zip([0, *cuts], [*cuts, len(left)], strict=True)]
+    return [part for part in parts if part]  # a transport never gives nothing
+
+
+def test_this_pika_is_built_as_the_short_way_expects() -> None:
+    """Else a new version of pika would silently be slow: then `wire` is to be adapted."""
+    assert wire.FITS
+    peer = Peer(Wire)
+    try:
+        assert peer.connection._fits  # type: ignore[attr-defined]
+    finally:
+        peer.close()
+    for each in ("_MAX_RECV_BYTES", "_MAX_CONSUME_BYTES"):
+        assert hasattr(io_services_utils._AsyncTransportBase, each)
+
+
+@settings(deadline=None, max_examples=150)
+@given(pieces(good))
+def test_messages_and_confirms_arrive_as_pika_delivers_them(some: list[bytes]) -> None:
+    """The same callbacks in the same order with equal arguments, and the same counters."""
+    expected, got = both(some)
+    assert expected == got
+    assert [[type(each) for each in one] for one in expected] == [
+        [type(each) for each in one] for one in got
+    ]
+
+
+@settings(deadline=None, max_examples=150)
+@given(pieces(odd))
+def test_frames_in_the_wrong_place_are_treated_as_by_pika(some: list[bytes]) -> None:
+    """A content without a method, a header of nobody, a body too long."""
+    expected, got = both(some)
+    assert expected == got
+
+
+@settings(deadline=None, max_examples=250)
+@given(pieces(damaged()))
+@example([delivery()[:-1] + b"\0"])
+@example([delivery(headers={"a": 1}).replace(b"I\0\0\0\1", b"?\0\0\0\1")])
+@example([delivery(app_id="name").replace(b"\x04name", b"\x04na\xffe")])
+@example([delivery(app_id="name").replace(b"\x04name", b"\xffname")])
+@example([struct.pack(">BHI", 1, CHANNEL, 0) + b"\xce"])
+@example([b"AMQ", b"P", b"\0\0\x09", b"\1"])
+def test_damaged_frames_are_errors_as_of_pika(some: list[bytes]) -> None:
+    """And what came before them was delivered."""
+    expected, got = both(some)
+    assert expected == got
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.binary(min_size=1, max_size=60), max_size=5))
+def test_noise_is_treated_as_by_pika(some: list[bytes]) -> None:
+    """Waited for, or an error, as it is taken for the head of a frame."""
+    expected, got = both(some)
+    assert expected == got
+
+
+def test_a_large_body_may_come_in_many_pieces() -> None:
+    """In frames of the size that RabbitMQ makes, and read in parts of them."""
+    body = bytes(range(256)) * 1200
+    method = spec.Basic.Deliver(TAG, 1, False, "", "key")
+    whole = message(method, pika.BasicProperties(), body, size=131_064) + delivery()
+    expected, got = both([whole[at : at + 4096] for at in range(0, len(whole), 4096)])
+    assert expected == got
+    assert [body, b"body"] == [each[4] for each in got if each[0] == "deliver"]
+
+
+@pytest.mark.parametrize("make", [pika.SelectConnection, Wire])
+def test_what_a_callback_raises_loses_nothing_that_was_read_behind_it(
+    make: Callable[..., pika.SelectConnection],
+) -> None:
+    """The transport sees it, in pika and here."""
+
+    def refuse(*_args: Any) -> None:
+        raise ValueError("refused")
+
+    peer = Peer(make)
+    try:
+        consumers = peer.channels[0]._consumers
+        consumers[TAG] = refuse
+        with pytest.raises(ValueError, match="refused"):
+            peer.connection._proto_data_received(delivery() + delivery(b"second"))
+        consumers[TAG] = lambda *got: peer.seen.append(got[3])
+        peer.connection._proto_data_received(delivery(b"third"))
+        assert [b"second", b"third"] == peer.seen
+    finally:
+        peer.close()
+
+
+def test_deliveries_and_confirms_do_not_pass_the_decoder_of_pika(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if they are read together, and whatever their headers are."""
+    peer = Peer(Wire)
+    monkeypatch.setattr(frame, "decode_frame", None)
+    headers = {"a": "b", "c": 2**40, "d": True, "e": [None, {"f": decimal.Decimal(1)}]}
+    ack = frame.Method(CHANNEL, spec.Basic.Ack(3, True)).marshal()
+    try:
+        peer.feed([delivery(headers=headers) + ack + delivery(b"", app_id="name") + ack])
+        assert ["deliver", "confirm", "deliver", "confirm", "end"] == [
+            each[0] for each in peer.seen
+        ]
+    finally:
+        peer.close()
+
+
+def test_without_the_seams_everything_goes_the_way_of_pika(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pika that is built otherwise is slower, and no error."""
+    monkeypatch.setattr(wire, "FITS", False)
+    monkeypatch.setattr(frames, "decode_delivery", None)
+    whole = delivery() * 3
+    expected, got = both([whole[:50], whole[50:]])
+    assert expected == got
+    assert 3 == len([each for each in got if each[0] == "deliver"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (Channel, "__init__", lambda self, *_args: None),
+        (spec.Basic.Deliver, "__init__", lambda self, *args: vars(self).update(args=args)),
+        (CallbackManager, "add", lambda *_args: None),
+    ],
+    ids=["a channel", "a method", "the callbacks"],
+)
+def test_a_pika_that_is_built_otherwise_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, change: tuple[Any, str, Any]
+) -> None:
+    """Whatever of its private parts has changed."""
+    monkeypatch.setattr(*change)
+    assert not wire._fits()
