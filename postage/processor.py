@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import enum
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -53,6 +54,7 @@ from postage.messages import MessageResultError, MessageResultException
 from postage.microthreads import MicroScheduler, MicroThread
 from postage.moving import Mover
 from postage.outbox import Outbox
+from postage.prefetch import is_plain
 from postage.retry import Failure, RetryPolicy
 from postage.rpc import TIMEOUT_HEADER, AnsweredCalls
 from postage.topology import Eqk
@@ -112,7 +114,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     Attributes:
         consumer_class: Makes the consumer.
-        prefetch: Messages that the broker delivers ahead; None: as the consumer says.
+        prefetch: Messages that the broker delivers ahead, for each queue. None: as the
+            consumer says, and if that says nothing, it adapts to how long messages take; where
+            a handler lets others run, it is 10.
         unhandled: What becomes of a message without a handler: "park", "skip" or "reject".
             None: skip it if it came by a queue that only this instance has, else park it.
         retry: How often a message is tried whose handler fails, and how long it waits in
@@ -164,6 +168,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self.consumer = self.consumer_class(eqk, hup, vhost)
         if self.prefetch is not None:
             self.consumer.prefetch = self.prefetch
+        self.consumer.adapts = self._takes_turns()
         self.skipped: collections.Counter[tuple[Any, Any, Any]] = collections.Counter()
         self._hub = self.consumer.subscriber.hub
         self._inbox = _Inbox(self)
@@ -278,6 +283,13 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             return over or self.consumer.subscriber.failure is not None
 
         return _Until(self._hub, is_over, math.inf if is_busy else self._breaker.pause())
+
+    def _takes_turns(self) -> bool:
+        """Tell whether no handler lets others run: then the prefetch may be any number."""
+        registered = itertools.chain.from_iterable(type(self)._message_handlers.values())
+        return all(
+            not each.threaded and is_plain(getattr(self, each.attribute)) for each in registered
+        )
 
     def start_consuming(self) -> None:
         """Handle messages until told to quit or to stop: a scheduler for this one alone."""
