@@ -21,6 +21,7 @@ from postage.errors import ClosedError, ConfigurationError, DecodeError, Postage
 from postage.futures import Future
 from postage.health import ConsumerHealth, latest
 from postage.messages import Message, MessageResult
+from postage.prefetch import DEFAULT
 from postage.rpc import encoded
 from postage.settings import (
     Hup,
@@ -66,8 +67,9 @@ class GenericConsumer:
         vhost: The virtual host; by default from the environment.
         hup: Host, user and password, as a dict; by default from the environment.
         eqk: [(exchange class, [(queue, key), …]), …], used if none is given.
-        prefetch: Messages that the broker delivers ahead, for each queue. 10 suits handlers
-            of 1 to 100 ms; 200 is for throughput, 1 for handlers that take seconds.
+        prefetch: Messages that the broker delivers ahead, for each queue. None: as many as
+            suit the handlers of its processor, and 10 without one.
+        adapts: Whether None means that; a processor sets it.
         connect_timeout: Seconds to go on trying while there is no broker; None: for ever.
         compat: "1.2" to declare queues as 1.2.1 did. None: POSTAGE_COMPAT.
         qk_list: The (queue, key) pairs that were bound.
@@ -89,7 +91,8 @@ class GenericConsumer:
     vhost: Any = VhostFromEnvironment()
     hup: Any = HupFromEnvironment()
     eqk: Eqk = []
-    prefetch: int = 10
+    prefetch: int | None = None
+    adapts: bool = False
     connect_timeout: float | None = 60
     compat: str | None = None
 
@@ -115,7 +118,7 @@ class GenericConsumer:
         self._publisher: Publisher | None = None
         self._connection = connections.acquire(self._settings, "consume")
         self._closed = False
-        self.subscriber = Subscriber(self._connection, self.prefetch)
+        self.subscriber = Subscriber(self._connection, DEFAULT)
         try:
             self.add_eqk(self.eqk)
         except BaseException:
@@ -243,7 +246,8 @@ class GenericConsumer:
         """Begin to consume every queue that is bound. Deliveries go into the inbox."""
         self._check()
         self._consuming = True
-        self.subscriber.prefetch = self.prefetch
+        default = None if self.adapts else DEFAULT
+        self.subscriber.prefetch = default if self.prefetch is None else self.prefetch
         for spec in self._known.values():
             self.subscriber.consume(spec)
 

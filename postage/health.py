@@ -79,12 +79,14 @@ class ConsumerHealth(Health):
         consumers_wanted: How many queues are to be consumed.
         consumers_live: Of how many of them the broker confirmed it.
         waiting: Deliveries that nobody has started.
+        prefetch: How many messages the broker delivers ahead now, for the queue with the most.
         last_delivery: When the last message came, in seconds since 1970, UTC; None: never.
     """
 
     consumers_wanted: int = 0
     consumers_live: int = 0
     waiting: int = 0
+    prefetch: int = 0
     last_delivery: float | None = None
 
     @property

@@ -17,6 +17,7 @@ import collections
 import copy
 import dataclasses
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -49,6 +50,7 @@ from postage.health import ComponentHealth, Incident, incident, latest, parts_of
 from postage.microthreads import MicroScheduler, MicroThread
 from postage.moving import Mover
 from postage.outbox import Outbox
+from postage.prefetch import is_plain
 from postage.retry import Failure, RetryPolicy
 from postage.running import Ended, Runner
 from postage.topology import Eqk
@@ -72,7 +74,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
 
     Attributes:
         consumer_class: Makes the consumer.
-        prefetch: Messages that the broker delivers ahead; None: as the consumer says.
+        prefetch: Messages that the broker delivers ahead, for each queue. None: as the
+            consumer says, and if that says nothing, it adapts to how long messages take; where
+            a handler lets others run, it is 10.
         unhandled: What becomes of a message without a handler: "park", "skip" or "reject".
             None: skip it if it came by a queue that only this instance has, else park it.
         retry: How often a message is tried whose handler fails, and how long it waits in
@@ -124,6 +128,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         self.consumer = self.consumer_class(eqk, hup, vhost)
         if self.prefetch is not None:
             self.consumer.prefetch = self.prefetch
+        self.consumer.adapts = self._takes_turns()
         self.skipped: collections.Counter[tuple[Any, Any, Any]] = collections.Counter()
         self._hub = self.consumer.subscriber.hub
         self._inbox = _Inbox(self)
@@ -236,6 +241,13 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             return over or self.consumer.subscriber.failure is not None
 
         return _Until(self._hub, is_over, math.inf if is_busy else self._breaker.pause())
+
+    def _takes_turns(self) -> bool:
+        """Tell whether no handler lets others run: then the prefetch may be any number."""
+        registered = itertools.chain.from_iterable(type(self)._message_handlers.values())
+        return all(
+            not each.threaded and is_plain(getattr(self, each.attribute)) for each in registered
+        )
 
     def start_consuming(self) -> None:
         """Handle messages until told to quit or to stop: a scheduler for this one alone."""

@@ -14,6 +14,7 @@ decided about a delivery of an older channel is dropped; the broker delivers it 
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import itertools
 import logging
@@ -39,6 +40,7 @@ from postage.errors import (
 )
 from postage.headers import attempt_of, origin_of
 from postage.health import ConsumerHealth, Incident, incident, latest
+from postage.prefetch import DEFAULT, STALL, Prefetch
 from postage.topology import QueueSpec
 from postage.transport.connection import Connection, State, backoff
 from postage.transport.conversation import Script, attempting, converse, translated
@@ -49,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a decided ack may wait for others to go with it.
 ACK_DELAY = 0.01
+#: Settlements that are worth a round of the loop of their own, while messages wait to be handled.
+TOGETHER = 16
 #: Seconds after which a message that nobody started goes back to its queue. RabbitMQ's
 #: consumer_timeout (30 minutes by default) counts from the delivery, not from the start.
 UNSTARTED_LIMIT = 300.0
@@ -89,7 +93,11 @@ class Delivery:
         "received",
         "redelivered",
         "routing_key",
+        "source",
     )
+
+    #: By which consumer it came.
+    source: _Consumer
 
     def __init__(
         self, queue: QueueSpec, channel_number: int, method: Any, properties: Any, body: bytes
@@ -137,24 +145,79 @@ class Delivery:
 
 
 class _Consumer:
-    """One queue that is consumed, over all the channels that come and go."""
+    """One queue that is consumed, over all the channels that come and go.
 
-    __slots__ = ("delivered", "live", "name", "prefetch", "spec", "starting", "tag", "wanted")
+    Attributes:
+        delivered, settled: Messages that have come, and those of them that are gone. Their
+            difference is what the present consumer of the broker has in hand: the others are
+            counted as settled when it begins.
+        after: The last delivery tag that had come when it began.
+        since: Until when its work has been measured, on the monotonic clock.
+        done, size, repeated: What a flush has settled of it: messages, bytes of their bodies,
+            and how many of them had been delivered before.
+    """
 
-    def __init__(self, spec: QueueSpec, prefetch: int) -> None:
+    __slots__ = (
+        "after",
+        "delivered",
+        "done",
+        "is_changing",
+        "is_resting",
+        "live",
+        "name",
+        "prefetch",
+        "repeated",
+        "resume",
+        "settled",
+        "since",
+        "size",
+        "spec",
+        "tag",
+        "wanted",
+    )
+
+    def __init__(self, spec: QueueSpec, prefetch: int | None) -> None:
         self.spec = spec
-        self.prefetch = prefetch
+        if prefetch is None and not self._may_begin_anew():
+            prefetch = DEFAULT
+        # Slow start: what makes the process crash shall be counted alone, without the
+        # messages that were only delivered ahead of it. Only where the broker counts.
+        self.prefetch = Prefetch(prefetch, slow=spec.counts_deliveries)
         self.name = spec.name  # the real one, when it is consumed
-        self.delivered = 0
+        self.delivered = self.settled = self.after = 0
+        self.since = 0.0
+        self.done = self.size = self.repeated = 0
         self.tag: str | None = None
         self.live = False  # the broker said consume-ok
-        self.starting = False  # begun with prefetch 1: see _speed_up
+        self.is_changing = False  # cancelled by us, to be begun anew
+        self.is_resting = False  # until something is settled: see _relieve
+        self.resume: Callable[[], None] | None = None  # how to go on after that
         self.wanted = True  # not stopped
 
     @property
     def waits_in_line(self) -> bool:
         """Whether another consumer may have the queue for itself."""
         return bool(self.spec.arguments.get("x-single-active-consumer"))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all of its prefetch is in hand: nothing is on its way."""
+        return self.delivered - self.settled >= self.prefetch.count
+
+    def begins(self, after: int) -> None:
+        """Take note that the broker is asked for a consumer."""
+        self.after, self.settled = after, self.delivered
+        self.is_changing, self.resume = False, None
+
+    def ended(self) -> None:
+        """Take note that the broker has no consumer any more."""
+        self.tag, self.live = None, False
+        self.is_changing, self.is_resting, self.resume = False, False, None
+
+    def _may_begin_anew(self) -> bool:
+        """Tell whether a cancel would do no harm, while nobody else consumes the queue."""
+        spec = self.spec
+        return not (spec.auto_delete or spec.exclusive_consumer or self.waits_in_line)
 
 
 def coalesced(unsettled: list[int], acked: set[int]) -> list[tuple[int, bool]]:
@@ -186,7 +249,8 @@ class Subscriber:
 
     Args:
         connection: Whose tenant it becomes when the first queue is consumed.
-        prefetch: Messages that the broker delivers ahead, for each queue.
+        prefetch: Messages that the broker delivers ahead, for each queue; None: as many as
+            are worth a tenth of a second of work.
         unstarted_limit: Seconds after which a message that nobody started goes back.
         watch_interval: Seconds between two looks whether the broker still has the consumers.
     """
@@ -194,7 +258,7 @@ class Subscriber:
     def __init__(
         self,
         connection: Connection,
-        prefetch: int,
+        prefetch: int | None,
         unstarted_limit: float = UNSTARTED_LIMIT,
         watch_interval: float = INTERVAL,
     ) -> None:
@@ -219,7 +283,9 @@ class Subscriber:
         self._acked: set[int] = set()
         self._decided: collections.deque[tuple[Delivery, Settlement]] = collections.deque()
         self._collecting = False
+        self._together = TOGETHER
         self._flush_timer: object | None = None
+        self._stall_timer: object | None = None
         self._age_timer: object | None = None
         self._reach_timer: object | None = None
         self._failures = 0
@@ -276,7 +342,8 @@ class Subscriber:
             reconnects=connection.reconnects,
             last_error=latest(connection.incident, self.incident),
             consumers_wanted=len(wanted),
-            consumers_live=sum(each.live for each in wanted),
+            consumers_live=sum(each.live or each.is_changing for each in wanted),
+            prefetch=max((each.prefetch.count for each in wanted), default=0),
             waiting=len(self.inbox),
             last_delivery=None if last is None else time.time() - (time.monotonic() - last),
         )
@@ -291,6 +358,8 @@ class Subscriber:
         if not self._collecting:  # cleared before the next flush looks at what was decided
             self._collecting = True
             self.hub.post(self._collect)
+        elif len(self._decided) == self._together:  # let the broker work while we do
+            self.hub.call(self._flush)
 
     def trust(self, queue: QueueSpec, after: float = 0.0) -> None:
         """Deliver ahead although the first message of a queue is not settled yet.
@@ -302,7 +371,7 @@ class Subscriber:
             after: Seconds to wait before that.
         """
         consumer = self._consumers.get(queue)
-        if consumer is not None and consumer.starting:
+        if consumer is not None and not consumer.prefetch.is_trusted:
             self.hub.post(lambda: self._trust(consumer, after))
 
     def flush(self) -> None:
@@ -355,7 +424,7 @@ class Subscriber:
         self._decided.clear()
         self.inbox.clear()
         for consumer in self._consumers.values():
-            consumer.tag, consumer.live = None, False
+            consumer.ended()
 
     def refused(self, error: ConnectionFailedError) -> None:
         """Say in the consumer's own thread that there will be no connection."""
@@ -427,7 +496,7 @@ class Subscriber:
             self._start(channel, consumer)
 
     def _start(self, channel: Channel, consumer: _Consumer) -> None:
-        if not consumer.wanted or consumer.tag is not None:
+        if not consumer.wanted or consumer.tag is not None or consumer.is_changing:
             return
         if consumer.spec in self.topology.out_of_reach:
             if self._reach_timer is None:
@@ -436,24 +505,21 @@ class Subscriber:
                 pause = REACH_PAUSE * random.uniform(0.5, 1.5)
                 self._reach_timer = self.hub.call_later(pause, self._reach)
             return
-        # Slow start: what makes the process crash shall be counted alone, without the
-        # messages that were only delivered ahead of it. Only where the broker counts.
-        consumer.starting = consumer.spec.counts_deliveries and consumer.prefetch > 1
-        converse(
-            channel,
-            self._consuming(channel, consumer, 1 if consumer.starting else consumer.prefetch),
-            partial(self._started, consumer),
-            self.hub.shielded,
-        )
+        consumer.prefetch.begin()
+        self._begin(channel, consumer)
 
-    def _consuming(self, channel: Channel, consumer: _Consumer, prefetch: int) -> Script[None]:
+    def _begin(self, channel: Channel, consumer: _Consumer) -> None:
+        script = self._consuming(channel, consumer)
+        converse(channel, script, partial(self._started, consumer), self.hub.shielded)
+
+    def _consuming(self, channel: Channel, consumer: _Consumer) -> Script[None]:
         name = consumer.name = self.topology.name_of(consumer.spec)
         deliver = partial(self._deliver, consumer, self._channel_number)
 
         def consume(callback: Callable[[Any], None]) -> None:
             # In one breath: a prefetch is for the consumers that come after it on the
             # channel, and another queue's must not slip in between.
-            channel.basic_qos(prefetch_count=prefetch)
+            channel.basic_qos(prefetch_count=consumer.prefetch.count)
             channel.basic_consume(
                 queue=name,
                 on_message_callback=self.hub.shielded(deliver),
@@ -462,6 +528,9 @@ class Subscriber:
                 callback=callback,
             )
 
+        consumer.begins(next(reversed(self._unsettled), 0))
+        counts = [each.prefetch.count for each in self._consumers.values()]
+        self._together = max(TOGETHER, *(count // 2 for count in counts))
         consumer.tag = f"postage-{next(_tags)}-{name}"[:250]
         with attempting(f"consume queue {name!r}"):
             yield consume
@@ -489,11 +558,16 @@ class Subscriber:
     ) -> None:
         if number != self._channel_number:
             return
-        consumer.delivered += 1
-        self._unsettled[method.delivery_tag] = None
         delivery = Delivery(consumer.spec, number, method, properties, body)
+        delivery.source = consumer
+        self._unsettled[delivery.delivery_tag] = None
         self._last_delivery = delivery.received
+        if consumer.delivered == consumer.settled:
+            consumer.since = delivery.received
+        consumer.delivered += 1
         self.inbox.append(delivery)
+        if self._stall_timer is None and consumer.prefetch.fixed is None:
+            self._stall_timer = self.hub.call_later(STALL, self._look_for_stall)
         self.on_delivery()
 
     def _stop(self, queue: QueueSpec | None) -> None:
@@ -522,7 +596,7 @@ class Subscriber:
         """Hear that the broker cancelled a consumer: its queue was deleted, or moved."""
         for consumer in self._consumers.values():
             if consumer.tag == frame.method.consumer_tag:
-                consumer.tag, consumer.live = None, False
+                consumer.ended()
                 self._recover(f"the broker cancelled consuming {consumer.name!r}")
                 return
 
@@ -631,70 +705,153 @@ class Subscriber:
         self._collecting = False
         channel = self._channel
         others: dict[int, Settlement] = {}
-        speed_up: list[_Consumer] = []
+        touched: dict[_Consumer, int] = {}  # and how many of their present term
+        unsettled, acked, number = self._unsettled, self._acked, self._channel_number
         while self._decided:
             delivery, settlement = self._decided.popleft()
             tag = delivery.delivery_tag
-            if delivery.channel_number != self._channel_number or tag not in self._unsettled:
+            if delivery.channel_number != number or tag not in unsettled:
                 continue  # stale: the broker has given it to somebody else
-            if tag in self._acked or tag in others:
+            if tag in acked or tag in others:
                 continue  # the first word counts: a second one would close the channel (406)
+            consumer = delivery.source
+            touched[consumer] = touched.get(consumer, 0) + (tag > consumer.after)
             if settlement is Settlement.ACK:
-                self._acked.add(tag)
+                acked.add(tag)
             else:
                 others[tag] = settlement
-            consumer = self._consumers.get(delivery.queue)
-            if consumer is not None and consumer.starting and settlement is not Settlement.REQUEUE:
-                speed_up.append(consumer)
+                if settlement is Settlement.REQUEUE:
+                    continue
+            consumer.done += 1
+            consumer.size += len(delivery.body)
+            consumer.repeated += delivery.redelivered
         if channel is None or not channel.is_open:
             return
-        for consumer in speed_up:
-            self._speed_up(channel, consumer)
+        self._account(channel, touched)
         for tag, settlement in others.items():
             channel.basic_nack(tag, requeue=settlement is Settlement.REQUEUE)
-            self._unsettled.pop(tag, None)
-        if self._acked:
-            for tag, multiple in coalesced(list(self._unsettled), self._acked):
+            unsettled.pop(tag, None)
+        if acked:
+            for tag, multiple in coalesced(list(unsettled), acked):
                 channel.basic_ack(tag, multiple)
-            for tag in self._acked:
-                self._unsettled.pop(tag, None)
-            self._acked.clear()
+            for tag in acked:
+                unsettled.pop(tag, None)
+            acked.clear()
 
-    def _speed_up(self, channel: Channel, consumer: _Consumer) -> None:
-        """Go from prefetch 1 to the real one: RabbitMQ applies a prefetch to new consumers.
+    # ----------------------------------------------------------------------- prefetch
 
-        The cancel is written before any ack of the only message that is out, so nothing
-        is on its way to the old consumer when it goes. But pika writes one request at a
-        time: while an answer is due, an ack would overtake the cancel, so the next
-        settlement has to do.
+    def _account(self, channel: Channel, touched: dict[_Consumer, int]) -> None:
+        """Take account of what is about to be settled. See `Prefetch`."""
+        now = time.monotonic()
+        is_progress = False
+        for consumer, settled in touched.items():
+            if consumer.done:
+                is_progress = True
+                seconds = now - consumer.since
+                is_fresh = not consumer.repeated
+                consumer.prefetch.note(consumer.done, seconds, consumer.size, is_fresh)
+                consumer.since = now
+                consumer.done = consumer.size = consumer.repeated = 0
+                self._change(channel, consumer, now)
+            consumer.settled += settled
+        if is_progress:
+            self._end_rest()
+
+    def _change(self, channel: Channel, consumer: _Consumer, now: float) -> None:
+        """Consume anew if another prefetch is wanted: RabbitMQ applies it to new consumers.
+
+        Only when all of the old one is in hand, and the cancel is written before any of its
+        acks: so nothing is on its way to the old consumer when it goes, which pika would
+        give back. And pika writes one request at a time: while an answer is due, an
+        ack would overtake the cancel, so the next settlement has to do.
         """
-        asking = any(each.tag and not each.live for each in self._consumers.values())
-        if not consumer.starting or not consumer.wanted or asking or self._cancelling:
+        if not (consumer.live and consumer.is_full and self._may_ask()):
             return
-        consumer.starting = False
+        count = consumer.prefetch.wanted(now)
+        if count != consumer.prefetch.count:
+            consumer.prefetch.change(count, now)
+            self._begin_anew(channel, consumer)
 
-        def consume_anew() -> None:
-            unstarted = consumer.wanted and consumer.tag is None
-            if channel is self._channel and channel.is_open and unstarted:
-                converse(
-                    channel,
-                    self._consuming(channel, consumer, consumer.prefetch),
-                    partial(self._started, consumer),
-                    self.hub.shielded,
-                )
+    def _may_ask(self) -> bool:
+        """Tell whether a request would be written at once, because no answer is due."""
+        return not self._cancelling and all(
+            each.live or not each.tag for each in self._consumers.values()
+        )
 
-        self._cancel(consumer, then=consume_anew)
+    def _begin_anew(self, channel: Channel, consumer: _Consumer) -> None:
+        def begin() -> None:
+            if channel is self._channel and channel.is_open and consumer.wanted:
+                self._begin(channel, consumer)
+
+        def cancelled() -> None:
+            if consumer.is_resting:
+                consumer.resume = begin
+            else:
+                begin()
+
+        self._cancel(consumer, then=cancelled)
+        consumer.is_changing = True
 
     def _trust(self, consumer: _Consumer, after: float) -> None:
         channel = self._channel
-        if channel is None or not consumer.starting:
+        if channel is None or consumer.prefetch.is_trusted:
             return
+        consumer.prefetch.share()
         if after:
             self.hub.call_later(after, lambda: self._trust(consumer, 0.0))
         elif channel.is_open and consumer.live:
-            self._speed_up(channel, consumer)
-            if consumer.starting and consumer.wanted:  # other answers are due
+            if self._may_ask():
+                consumer.prefetch.trust()
+                self._change(channel, consumer, time.monotonic())
+            elif consumer.wanted:
                 self.hub.call_later(ACK_DELAY, lambda: self._trust(consumer, 0.0))
+
+    def _look_for_stall(self) -> None:
+        """Look whether messages wait behind one that takes long."""
+        self._stall_timer = None
+        channel = self._channel
+        if self._closed or channel is None or not channel.is_open:
+            return
+        if not self._unsettled:
+            self._end_rest()
+            return
+        self._stall_timer = self.hub.call_later(STALL / 2, self._look_for_stall)
+        if self._may_ask():
+            self._relieve(channel)
+
+    def _relieve(self, channel: Channel) -> None:
+        """Give back what waits behind a message that takes long: another instance may be idle.
+
+        The consumer *rests* until something is settled, else the same would come again. One
+        consumer at a time: the cancel must be written before what is given back. A message
+        that was delivered before stays: the broker counts deliveries, and all have to be
+        handled by somebody in the end.
+        """
+        now = time.monotonic()
+        waiting = list(self.inbox)
+        if len(self._unsettled) - len(self._acked) - len(self._decided) <= len(waiting):
+            del waiting[:1]  # none is being handled: this one will be the next
+        waiting = [each for each in waiting if not each.redelivered]
+        late = [each.source for each in waiting if now - each.received >= STALL]
+        consumer = next((each for each in late if each.live and each.prefetch.fixed is None), None)
+        if consumer is None:
+            return
+        consumer.prefetch.change(1, now)
+        consumer.is_resting = True
+        self._begin_anew(channel, consumer)
+        for delivery in waiting:
+            if delivery.source is consumer:
+                with contextlib.suppress(ValueError):  # the consumer's thread was faster
+                    self.inbox.remove(delivery)
+                    self._decided.append((delivery, Settlement.REQUEUE))
+        self._flush()
+
+    def _end_rest(self) -> None:
+        for consumer in self._consumers.values():
+            if consumer.is_resting:
+                consumer.is_resting = False
+                if consumer.resume is not None:
+                    consumer.resume()
 
     def _give_old_back(self) -> None:
         """Requeue what nobody started in time, with a word about why."""
@@ -717,7 +874,7 @@ class Subscriber:
                 "lower `prefetch` (now %d), or handle faster",
                 count,
                 self.unstarted_limit,
-                self.prefetch,
+                max(each.prefetch.count for each in self._consumers.values()),
             )
             self._flush()
         if not self._closed:
@@ -767,6 +924,9 @@ class Subscriber:
         if self._reach_timer is not None:
             self.hub.cancel(self._reach_timer)
             self._reach_timer = None
+        if self._stall_timer is not None:
+            self.hub.cancel(self._stall_timer)
+            self._stall_timer = None
         self._watchdog.stop()
         self.disconnected(ConnectionLostError("closed"))
 
