@@ -16,7 +16,7 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.channel import Channel
 
-from benchmarks import broker, raw
+from benchmarks import broker, ceiling, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child, service
 from benchmarks.envelope import FINGERPRINT, envelope, numbers, parameters
@@ -57,13 +57,15 @@ def workloads(scale: float) -> list[Workload]:
             "rpc_x(), classic",
             _case(_client, _server, "classic", few),
             tutorial,
-            Target(1.4, is_maximum=True),
+            Target(1.15, is_maximum=True),
         ),
         Case("rpc_x(), quorum", _case(_client, _server, "quorum", few), tutorial),
     ]
     hundred = []
     for kind in ("classic", "quorum"):
         base = f"pika SelectConnection, {kind}"
+        limit = f"the broker's ceiling, {kind}"
+        hundred.append(Case(limit, _case(ceiling.call, ceiling.serve, kind, many, 200), base))
         hundred.append(Case(base, _case(_raw_client, _raw_server, kind, many)))
         for prefetch in (200, 10):
             name = f"rpc_x(_future=True), {kind}, prefetch {prefetch}"
@@ -237,7 +239,7 @@ class _RawClient:
         self.queue = job.queue
         self.numbers = iter(numbers(job.count))
         self.pending: dict[str, int] = {}
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
 
     def open(self, channel: Channel) -> None:
         self.channel = channel
@@ -307,7 +309,7 @@ def _futures_client(job: Job) -> Sample:
     calls: collections.deque[tuple[int, Any]] = collections.deque()
     with _Producer(job) as producer:
         producer.rpc_next(**parameters(0))  # it connects with the first call
-        watch = Stopwatch()
+        watch = Stopwatch(job.url)
         watch.start()
         for number in numbers(job.count):
             if len(calls) == IN_FLIGHT:

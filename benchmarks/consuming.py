@@ -10,7 +10,7 @@ from typing import Any
 
 from pika.channel import Channel
 
-from benchmarks import broker, raw
+from benchmarks import broker, ceiling, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child
 from benchmarks.envelope import FINGERPRINT
@@ -33,9 +33,11 @@ def workloads(scale: float) -> list[Workload]:
     cases = []
     for kind in ("classic", "quorum"):
         base = f"pika SelectConnection, {kind}"
+        limit = f"the broker's ceiling, {kind}"
+        cases.append(Case(limit, _case(ceiling.deliver, kind, count, PREFETCH), base))
         cases.append(Case(base, _case(_raw_in_hundreds, kind, count, PREFETCH)))
         cases.append(Case(f"{base}, acks singly", _case(_raw_singly, kind, count, PREFETCH), base))
-        for prefetch, target in ((PREFETCH, Target(0.6)), (10, None), (1, None)):
+        for prefetch, target in ((PREFETCH, Target(0.9)), (10, None), (1, None)):
             work = _case(_processor, kind, count if prefetch > 1 else count // 10, prefetch)
             cases.append(Case(f"MessageProcessor, {kind}, prefetch {prefetch}", work, base, target))
     return [Workload("consume", f"Consuming, prefetch {PREFETCH} unless said otherwise", cases)]
@@ -67,7 +69,7 @@ class _Counter:
         self.job = job
         self.together = together
         self.counted = 0
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
 
     def open(self, channel: Channel) -> None:
         channel.basic_qos(prefetch_count=self.job.prefetch)
@@ -111,7 +113,7 @@ class _Processor(MessageProcessor):
         self.prefetch = job.prefetch
         self.count = job.count
         self.counted = 0
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
         super().__init__(FINGERPRINT, [(DefaultExchange, [(queue, job.queue)])])
 
     @MessageHandler("command", "echo")
