@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The processor time of other processes: brokers and components."""
+"""The processor time of other processes: brokers and components.
+
+Programs of other packages measure with this, too, in environments without psutil. They do
+without the figures of the broker.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 #: The port of AMQP.
 PORT = 5672
@@ -15,6 +21,10 @@ PORT = 5672
 
 def listener(url: str) -> psutil.Process | None:
     """Return the process of a broker, if it runs on this machine and is ours to look at."""
+    try:
+        import psutil
+    except ImportError:
+        return None
     port = urlsplit(url).port or PORT
     try:
         sockets = psutil.net_connections("tcp")
@@ -23,7 +33,7 @@ def listener(url: str) -> psutil.Process | None:
     pids = {
         each.pid
         for each in sockets
-        if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid
+        if each.status == psutil.CONN_LISTEN and each.laddr[1:] == (port,) and each.pid
     }
     return psutil.Process(pids.pop()) if len(pids) == 1 else None
 
