@@ -8,7 +8,6 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
 from benchmarks import raw
+from benchmarks.job import Job as Job
 from postage.topology import Queue, QueueSpec
 from tests.rabbitmq_node import RabbitNode
 
@@ -48,30 +48,17 @@ def conditions(url: str) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a measurement is to do, for the processes that take part in it.
-
-    ``kind`` is the type of the queue, "classic" or "quorum", both as postage declares them, or
-    "transient" for one without flags and arguments.
-    """
-
-    url: str
-    queue: str
-    kind: str
-    count: int
-    prefetch: int
-
-
 @contextlib.contextmanager
-def job(url: str, kind: str, count: int, prefetch: int = 10) -> Iterator[Job]:
+def job(
+    url: str, kind: str, count: int, prefetch: int = 10, in_flight: int = 1
+) -> Iterator[Job]:
     """Provide a job, whose queue exists as long as the block runs."""
     name = f"postage-benchmark-{uuid.uuid4().hex[:8]}"
     spec = QueueSpec(name, durable=False) if kind == "transient" else Queue(name, type=kind).spec()
     with _channel(url) as channel:
         channel.queue_declare(name, durable=spec.durable, arguments=dict(spec.arguments))
     try:
-        yield Job(url, name, kind, count, prefetch)
+        yield Job(url, name, kind, count, prefetch, in_flight)
     finally:
         with _channel(url) as channel:
             channel.queue_delete(name)

@@ -2,8 +2,8 @@
 """How a peer's program is told what to do, and how it tells what it found.
 
 ``python -m benchmarks.peers.<name> <role> <job as JSON>`` plays a role, which is a function of the
-program. A service prints "ready" when the broker delivers to it, and runs until it is killed; the
-others print a line of JSON, the sample. It needs nothing but the standard library.
+program. A service prints a line when the broker delivers to it, and runs until it is killed; the
+others print a line with their sample as JSON. It needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import asdict
 from benchmarks.job import Job
 from benchmarks.measuring import Sample
 
-READY = "ready"
+#: What the lines of a program begin with. Their libraries may print others.
+READY, SAMPLE = "benchmarks: ready", "benchmarks: sample "
 
 
 def main(*roles: Callable[[Job], Sample | None]) -> None:
@@ -39,7 +40,7 @@ def command_line(role: str, what: Job) -> Sequence[str]:
 
 def tell(sample: Sample) -> None:
     """Tell what was measured."""
-    print(json.dumps(sample), flush=True)
+    print(SAMPLE + json.dumps(sample), flush=True)
 
 
 def is_service() -> bool:
