@@ -30,8 +30,6 @@ WINDOW = 2000
 CHUNK, CHUNK_BYTES = 100, 1 << 20
 #: Deliveries that are acknowledged together.
 TOGETHER = 100
-#: Calls in flight.
-IN_FLIGHT = 100
 #: Bytes that are read at once.
 READ = 1 << 18
 #: Seconds that a broker may be silent.
@@ -277,7 +275,7 @@ def call(job: Job) -> Sample:
         _consume(wire, _REPLY_TO)
         watch = Stopwatch(job.url)
         watch.start()
-        wire.send(b"".join(itertools.islice(requests, IN_FLIGHT)))
+        wire.send(b"".join(itertools.islice(requests, job.in_flight)))
         while count < job.count:
             replies = sum(kind == _CONTENT for kind, _payload in wire.frames())
             count += replies

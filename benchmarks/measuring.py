@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks import cpu
@@ -45,12 +45,20 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A further comparison of a case: with the best of some others, which the run will show."""
+
+    others: Sequence[str]
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """One way to do the work.
 
     ``measure`` takes the broker's URL. ``against`` names the case of the same workload that it
     is compared with, and ``target`` is for that ratio, or for the first figure of a case that is
-    compared with none.
+    compared with none. Each of ``also`` becomes a result of its own.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Case:
     against: str | None = None
     target: Target | None = None
     at: Point | None = None
+    also: Sequence[Beside] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,10 @@ class Workload:
 
     def essence(self) -> Workload:
         """Return the workload with those cases alone that have a target, and what they need."""
-        wanted = {case.name for case in self.cases if case.target}
-        wanted |= {case.against for case in self.cases if case.target and case.against}
+        goals = [case for case in self.cases if case.target or case.also]
+        wanted = {case.name for case in goals}
+        wanted |= {case.against for case in goals if case.against}
+        wanted |= {name for case in goals for beside in case.also for name in beside.others}
         return replace(self, cases=[case for case in self.cases if case.name in wanted])
 
 
@@ -163,7 +174,25 @@ def run(workload: Workload, url: str, rounds: int, progress: Callable[[str], Non
             traceback.print_exc()
             sample = None
         results[case.name].samples.append(sample)
-    return list(results.values())
+    return [each for result in results.values() for each in (result, *_beside(result, results))]
+
+
+def _beside(result: Result, results: Mapping[str, Result]) -> Iterator[Result]:
+    """Yield the further comparisons of a result."""
+    for beside in result.case.also:
+        others = [results[name] for name in beside.others if results[name].figures()]
+        if others:
+            best = min(others, key=_rank)
+            name = f"{result.case.name}, beside {best.case.name}"
+            against, target = best.case.name, beside.target
+            case = replace(result.case, name=name, against=against, target=target, also=())
+            yield Result(case, result.samples, best)
+
+
+def _rank(result: Result) -> float:
+    """Return what is the lower, the better a result is."""
+    name, spread = next(iter(result.figures().items()))
+    return -spread.median if name.endswith("/s") else spread.median
 
 
 def _in_turn(cases: Sequence[Case], rounds: int) -> Iterator[tuple[int, Case]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from benchmarks.broker import Job
 from benchmarks.children import in_child
 from benchmarks.envelope import FINGERPRINT, envelope, numbers, parameters
 from benchmarks.measuring import Case, Sample, Stopwatch, Target, Workload
+from benchmarks.peers import cases
+from benchmarks.peers.cases import Peer
 from postage.messaging import DefaultExchange, GenericProducer
 
 #: Messages that plain pika sends ahead of their confirms; as many as a batch of postage does.
@@ -27,11 +29,12 @@ CHUNK = 500
 _PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
 
 
-def workloads(scale: float) -> list[Workload]:
+def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     """Return the workloads of this module.
 
     Args:
         scale: How much to send, 1 being enough for a steady rate.
+        peers: Who does the work, too.
     """
     many, some = round(30_000 * scale), round(2_000 * scale)
     batch, single = [], []
@@ -44,6 +47,10 @@ def workloads(scale: float) -> list[Workload]:
         base = f"pika BlockingConnection, {kind}"
         single.append(Case(base, _case(_blocking, kind, some)))
         single.append(Case(f"message_x(), {kind}", _case(_one_by_one, kind, some), base))
+    for peer in peers:
+        batch.append(cases.publish_many(peer, many))
+        if peer.confirms != "never":
+            single.append(cases.publish_singly(peer, some))
     return [
         Workload("batch", "Confirmed publishing, many at once", batch),
         Workload("single", "Confirmed publishing, one by one", single),

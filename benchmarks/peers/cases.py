@@ -8,7 +8,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,9 +20,10 @@ from benchmarks.children import DEADLINE_SECONDS, in_child
 from benchmarks.job import Job
 from benchmarks.measuring import Case, Sample
 from benchmarks.peers import environments, protocol
-from benchmarks.publishing import publish
 from tests.programs import Program
 
+#: The case that those of the peers are compared with, where nothing else is said.
+PLAIN = "pika SelectConnection, classic"
 #: Messages that the peers on asyncio publish at a time.
 TASKS = 500
 #: Seconds after which a component that has nothing to do has settled.
@@ -110,17 +111,17 @@ def named(peers: Sequence[Peer], *titles: str) -> list[Peer]:
 # ------------------------------------------------------------------------- publishing
 
 
-def publish_singly(peer: Peer, count: int, against: str) -> Case:
+def publish_singly(peer: Peer, count: int) -> Case:
     """Return the case of messages that are published one by one, with confirms."""
     work = partial(_publish, peer, "publish_singly", _share(peer, count), 1)
-    return Case(f"{peer.name}, classic", work, against)
+    return Case(f"{peer.name}, classic", work, "pika BlockingConnection, classic")
 
 
-def publish_many(peer: Peer, count: int, against: str) -> Case:
+def publish_many(peer: Peer, count: int) -> Case:
     """Return the case of many messages, with confirms if they need not wait for each other."""
     name = f"{peer.name}, classic{'' if peer.confirms == 'together' else ', unconfirmed'}"
     work = partial(_publish, peer, "publish_many", _share(peer, count), TASKS)
-    return Case(name, work, against)
+    return Case(name, work, PLAIN)
 
 
 def _publish(peer: Peer, role: str, count: int, in_flight: int, url: str) -> Sample:
@@ -131,11 +132,20 @@ def _publish(peer: Peer, role: str, count: int, in_flight: int, url: str) -> Sam
 # -------------------------------------------------------------------------- consuming
 
 
-def consume(peer: Peer, count: int, prefetch: int | None, against: str) -> Case:
-    """Return the case of messages that wait in a queue; without a prefetch count, at its own."""
+def consume(
+    peer: Peer, count: int, prefetch: int | None, *, fill: Callable[[Job], Sample]
+) -> Case:
+    """Return the case of messages that wait in a queue.
+
+    Args:
+        peer: Who gets them.
+        count: How many, at most.
+        prefetch: The prefetch count; None: its own.
+        fill: Puts them into the queue, in a process of its own.
+    """
     chosen = peer.prefetch if prefetch is None else prefetch
-    work = partial(_consume, peer, _share(peer, count), chosen)
-    return Case(consume_name(peer, prefetch), work, against)
+    work = partial(_consume, peer, _share(peer, count), chosen, fill)
+    return Case(consume_name(peer, prefetch), work, PLAIN)
 
 
 def consume_name(peer: Peer, prefetch: int | None) -> str:
@@ -145,12 +155,14 @@ def consume_name(peer: Peer, prefetch: int | None) -> str:
     return f"{peer.name}, classic, prefetch {prefetch}"
 
 
-def _consume(peer: Peer, count: int, prefetch: int, url: str) -> Sample:
+def _consume(
+    peer: Peer, count: int, prefetch: int, fill: Callable[[Job], Sample], url: str
+) -> Sample:
     with _job(peer, peer.declared, url, count, prefetch=prefetch, in_flight=TASKS) as job:
         if peer.declared:
             _play(peer, "publish_many", job)  # it gets messages of its own kind only
         else:
-            in_child(publish, job)
+            in_child(fill, job)
         sample = _play(peer, "consume", job)
         left = broker.messages_left(job)
         if left:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """celery: a task queue on kombu.
 
-It declares its queues, and sends its messages, whose body is JSON with the envelope in it. A worker
+It declares its queues, and gets messages of its own kind only, which are JSON with the envelope in
+it. A worker
 runs the tasks in its own process (``--pool solo``), which is the fastest way for tasks that are
 short, and acknowledges them when they are done. Results come back by the backend ``rpc://``.
 """

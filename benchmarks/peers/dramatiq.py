@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """dramatiq: a task queue on pika.
 
-It declares its queues, and sends its messages, which are JSON of its own around the envelope. It has
-no replies on RabbitMQ: results need Redis or Memcached. So there is no RPC here.
+It declares its queues, and gets messages of its own kind only, which are JSON with the envelope in
+it. It has no replies on RabbitMQ: results need Redis or Memcached. So there is no RPC here.
 """
 
 from __future__ import annotations

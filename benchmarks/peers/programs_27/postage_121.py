@@ -12,6 +12,7 @@ import sys
 import time
 
 import meeting_point  # of the tests: it leads 1.2.1 to POSTAGE_URL
+
 from postage import messaging, microthreads
 
 JOB = json.loads(sys.argv[2])
@@ -59,7 +60,8 @@ def now():
 
 
 def rate(started, count, unit):
-    seconds, cpu_seconds = (b - a for a, b in zip(started, now()))
+    ended = now()
+    seconds, cpu_seconds = ended[0] - started[0], ended[1] - started[1]
     return [["%ss/s" % unit, count / seconds], ["CPU us/%s" % unit, cpu_seconds * 1e6 / count]]
 
 
