@@ -55,25 +55,32 @@ def job(
     """Provide a job, whose queue exists as long as the block runs."""
     name = f"postage-benchmark-{uuid.uuid4().hex[:8]}"
     spec = QueueSpec(name, durable=False) if kind == "transient" else Queue(name, type=kind).spec()
-    with _channel(url) as channel:
-        channel.queue_declare(name, durable=spec.durable, arguments=dict(spec.arguments))
+    with channel(url) as opened:
+        opened.queue_declare(name, durable=spec.durable, arguments=dict(spec.arguments))
     try:
         yield Job(url, name, kind, count, prefetch, in_flight)
     finally:
-        with _channel(url) as channel:
-            channel.queue_delete(name)
+        with channel(url) as opened:
+            opened.queue_delete(name)
             if spec.error_queue:
-                channel.queue_delete(spec.error_queue)
+                opened.queue_delete(spec.error_queue)
 
 
 def messages_left(job: Job) -> int:
     """Return how many messages are in the queue of a job, and with nobody."""
-    with _channel(job.url) as channel:
-        return int(channel.queue_declare(job.queue, passive=True).method.message_count)
+    with channel(job.url) as opened:
+        return int(opened.queue_declare(job.queue, passive=True).method.message_count)
+
+
+def is_consumed(job: Job) -> bool:
+    """Tell whether the queue of a job has a consumer."""
+    with channel(job.url) as opened:
+        return bool(opened.queue_declare(job.queue, passive=True).method.consumer_count)
 
 
 @contextlib.contextmanager
-def _channel(url: str) -> Iterator[BlockingChannel]:
+def channel(url: str) -> Iterator[BlockingChannel]:
+    """Provide a channel over a connection of its own."""
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         yield connection.channel()
 

@@ -129,14 +129,14 @@ def _starting(program: str, url: str) -> Sample:
     with broker.job(url, "quorum", 1) as job:
         ceiling.publish(job)
         began = time.perf_counter()
-        with _running(program, job.queue, url):
+        with running(program, job.queue, url):
             return {"ms": (time.perf_counter() - began) * 1000}
 
 
 def _keeping(program: str, url: str) -> Sample:
     with broker.job(url, "quorum", 1) as job:
         ceiling.publish(job)
-        with _running(program, job.queue, url) as process:
+        with running(program, job.queue, url) as process:
             memory = process.memory_full_info()
     return {"RSS MiB": memory.rss / 2**20, "USS MiB": memory.uss / 2**20}
 
@@ -147,13 +147,13 @@ def _idle(program: str, number: int, seconds: float, url: str) -> Sample:
         for _ in range(number):
             job = stack.enter_context(broker.job(url, "quorum", 1))
             ceiling.publish(job)
-            processes.append(stack.enter_context(_running(program, job.queue, url)))
+            processes.append(stack.enter_context(running(program, job.queue, url)))
         time.sleep(SETTLING)
         return {"% of a core each": cpu.share(processes, seconds) / number}
 
 
 @contextlib.contextmanager
-def _running(program: str, queue: str, url: str) -> Iterator[psutil.Process]:
+def running(program: str, queue: str, url: str) -> Iterator[psutil.Process]:
     """Run a program that has handled a message, while the block runs."""
     command = [sys.executable, "-c", program, queue, url]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pika
 import psutil
 
 from benchmarks import broker, ceiling
@@ -252,8 +251,7 @@ def _handle_many(job: Job, handlers: int) -> Sample:
 def _bindings(count: int, bindings: int, url: str) -> Sample:
     with broker.job(url, "classic", count, PREFETCH) as job:
         keys = [f"key.{number}.of.many" for number in range(bindings)]
-        with pika.BlockingConnection(pika.URLParameters(url)) as connection:
-            channel = connection.channel()
+        with broker.channel(url) as channel:
             channel.exchange_declare(job.queue, "topic", durable=True, auto_delete=True)
             for key in keys:
                 channel.queue_bind(job.queue, job.queue, key)
@@ -291,8 +289,7 @@ class _Producer(GenericProducer):
 def _targets(count: int, targets: int, url: str) -> Sample:
     with broker.job(url, "classic", count) as job:
         keys = [f"key-{number}" for number in range(targets)]
-        with pika.BlockingConnection(pika.URLParameters(url)) as connection:
-            channel = connection.channel()
+        with broker.channel(url) as channel:
             channel.exchange_declare(job.queue, "direct", durable=True, auto_delete=True)
             for key in keys:
                 channel.queue_bind(job.queue, job.queue, key)
