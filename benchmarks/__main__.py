@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks import broker, calling, consuming, delaying, embedded, publishing, reporting
 from benchmarks.measuring import Result, Workload, run
+from benchmarks.peers import cases
+from benchmarks.peers.cases import Peer, available
 
 #: How often each case is measured, and how much of the full work it does.
 FULL, QUICK = (7, 1.0), (2, 0.2)
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with broker.broker() as url:
         conditions = broker.conditions(url)
         print(reporting.heading(conditions, rounds), flush=True)
-        for workload in _workloads(scale):
+        for workload in _workloads(scale, _peers(options)):
             if workload.name in options.workload or not options.workload:
                 results[workload.name] = run(workload, url, rounds, _progress)
                 _progress("")
@@ -53,6 +55,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 if a ratio misses its target"
     )
+    parser.add_argument(
+        "--no-peers", action="store_true", help="measure plain pika and postage alone"
+    )
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.workload) - set(names))
     if unknown:
@@ -67,11 +72,18 @@ def _positive(text: str) -> int:
     return number
 
 
-def _workloads(scale: float) -> list[Workload]:
+def _peers(options: argparse.Namespace) -> list[Peer]:
+    """Return the peers that are to be measured: they are installed if need be."""
+    if options.no_peers or options.quick:
+        return []
+    return available() if cases.WORKLOADS & set(options.workload or cases.WORKLOADS) else []
+
+
+def _workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     return [
-        *publishing.workloads(scale),
-        *consuming.workloads(scale),
-        *calling.workloads(scale),
+        *publishing.workloads(scale, peers),
+        *consuming.workloads(scale, peers),
+        *calling.workloads(scale, peers),
         *embedded.workloads(scale),
         *delaying.workloads(scale),
     ]

@@ -8,7 +8,6 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
 from benchmarks import raw
+from benchmarks.job import Job as Job
 from postage.topology import Queue, QueueSpec
 from tests.rabbitmq_node import RabbitNode
 
@@ -48,45 +48,39 @@ def conditions(url: str) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a measurement is to do, for the processes that take part in it.
-
-    ``kind`` is the type of the queue, "classic" or "quorum", both as postage declares them, or
-    "transient" for one without flags and arguments.
-    """
-
-    url: str
-    queue: str
-    kind: str
-    count: int
-    prefetch: int
-
-
 @contextlib.contextmanager
-def job(url: str, kind: str, count: int, prefetch: int = 10) -> Iterator[Job]:
+def job(
+    url: str, kind: str, count: int, prefetch: int = 10, in_flight: int = 1
+) -> Iterator[Job]:
     """Provide a job, whose queue exists as long as the block runs."""
     name = f"postage-benchmark-{uuid.uuid4().hex[:8]}"
     spec = QueueSpec(name, durable=False) if kind == "transient" else Queue(name, type=kind).spec()
-    with _channel(url) as channel:
-        channel.queue_declare(name, durable=spec.durable, arguments=dict(spec.arguments))
+    with channel(url) as opened:
+        opened.queue_declare(name, durable=spec.durable, arguments=dict(spec.arguments))
     try:
-        yield Job(url, name, kind, count, prefetch)
+        yield Job(url, name, kind, count, prefetch, in_flight)
     finally:
-        with _channel(url) as channel:
-            channel.queue_delete(name)
+        with channel(url) as opened:
+            opened.queue_delete(name)
             if spec.error_queue:
-                channel.queue_delete(spec.error_queue)
+                opened.queue_delete(spec.error_queue)
 
 
 def messages_left(job: Job) -> int:
     """Return how many messages are in the queue of a job, and with nobody."""
-    with _channel(job.url) as channel:
-        return int(channel.queue_declare(job.queue, passive=True).method.message_count)
+    with channel(job.url) as opened:
+        return int(opened.queue_declare(job.queue, passive=True).method.message_count)
+
+
+def is_consumed(job: Job) -> bool:
+    """Tell whether the queue of a job has a consumer."""
+    with channel(job.url) as opened:
+        return bool(opened.queue_declare(job.queue, passive=True).method.consumer_count)
 
 
 @contextlib.contextmanager
-def _channel(url: str) -> Iterator[BlockingChannel]:
+def channel(url: str) -> Iterator[BlockingChannel]:
+    """Provide a channel over a connection of its own."""
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         yield connection.channel()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""RPC: one call after the other, and a hundred at a time."""
+"""RPC: one call after the other, and many at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.channel import Channel
 
-from benchmarks import broker, raw
+from benchmarks import broker, ceiling, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child, service
 from benchmarks.envelope import FINGERPRINT, envelope, numbers, parameters
-from benchmarks.measuring import Case, Sample, Stopwatch, Target, Workload, percentile
+from benchmarks.job import WARM_UP, check, latencies, one_by_one
+from benchmarks.measuring import Beside, Case, Sample, Stopwatch, Target, Workload
+from benchmarks.peers import cases as of_peers
+from benchmarks.peers.cases import Peer
 from postage.messaging import (
     DefaultExchange,
     GenericProducer,
@@ -30,49 +33,70 @@ from postage.messaging import (
 )
 
 #: Calls that are in flight at a time, where it is not one.
-IN_FLIGHT = 100
-#: Calls before the clock starts: the first ones connect.
-WARM_UP = 50
+IN_FLIGHT = (10, 100, 1000)
+#: Requests that the broker delivers ahead, for throughput.
+PREFETCH = 200
 
 #: RabbitMQ, direct reply-to: the address of the channel that a request is published on.
 REPLY_TO = "amq.rabbitmq.reply-to"
 
 
-def workloads(scale: float) -> list[Workload]:
+def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     """Return the workloads of this module.
 
     Args:
         scale: How many calls to make, 1 being enough for a steady rate.
+        peers: Who does the work, too.
     """
+    return [
+        _one(round(2_000 * scale), peers),
+        *(_many(round(10_000 * scale), in_flight, peers) for in_flight in IN_FLIGHT),
+    ]
+
+
+def _one(count: int, peers: Sequence[Peer]) -> Workload:
+    """Return the workload of calls one after the other."""
     tutorial = "RabbitMQ tutorial 6, same JSON"
-    few, many = round(2_000 * scale), round(10_000 * scale)
-    one = [
-        Case(tutorial, _case(_tutorial_json_client, _tutorial_json_server, "transient", few)),
+    nameko = [of_peers.call_name(peer) for peer in of_peers.named(peers, "nameko")]
+    cases = [
+        Case(tutorial, _case(_tutorial_json_client, _tutorial_json_server, "transient", count)),
         Case(
             "RabbitMQ tutorial 6, a number",
-            _case(_tutorial_client, _tutorial_server, "transient", few),
+            _case(_tutorial_client, _tutorial_server, "transient", count),
             tutorial,
         ),
-        Case(
-            "rpc_x(), classic",
-            _case(_client, _server, "classic", few),
-            tutorial,
-            Target(1.4, is_maximum=True),
-        ),
-        Case("rpc_x(), quorum", _case(_client, _server, "quorum", few), tutorial),
     ]
-    hundred = []
     for kind in ("classic", "quorum"):
+        is_classic = kind == "classic"
+        work = _case(_raw_client, _raw_server, kind, count)
+        cases.append(Case(f"pika SelectConnection, {kind}", work, tutorial))
+        target = Target(1.15, is_maximum=True) if is_classic else None
+        also = [Beside(nameko, Target(0.4, is_maximum=True) if is_classic else None)]
+        work = _case(_client, _server, kind, count)
+        cases.append(Case(f"rpc_x(), {kind}", work, tutorial, target, also=also if nameko else ()))
+    cases += [of_peers.call(peer, count, 1, tutorial) for peer in peers if peer.calls]
+    return Workload("rpc", "RPC, one call in flight", cases)
+
+
+def _many(count: int, in_flight: int, peers: Sequence[Peer]) -> Workload:
+    """Return the workload of so many calls in flight."""
+    callers = [peer for peer in peers if peer.calls >= in_flight]
+    rivals = [of_peers.call_name(peer) for peer in of_peers.named(callers, "nameko", "FastStream")]
+    cases = []
+    for kind, times in (("classic", 10), ("quorum", 5)):
         base = f"pika SelectConnection, {kind}"
-        hundred.append(Case(base, _case(_raw_client, _raw_server, kind, many)))
-        for prefetch in (200, 10):
+        work = _case(ceiling.call, ceiling.serve, kind, count, PREFETCH, in_flight)
+        cases.append(Case(f"the broker's ceiling, {kind}", work, base))
+        work = _case(_raw_client, _raw_server, kind, count, PREFETCH, in_flight)
+        cases.append(Case(base, work))
+        for prefetch in (PREFETCH, 10):
             name = f"rpc_x(_future=True), {kind}, prefetch {prefetch}"
-            work = _case(_futures_client, _server, kind, many, prefetch)
-            hundred.append(Case(name, work, base))
-    return [
-        Workload("rpc", "RPC, one call in flight", one),
-        Workload("rpc100", f"RPC, {IN_FLIGHT} calls in flight", hundred),
-    ]
+            work = _case(_futures_client, _server, kind, count, prefetch, in_flight)
+            is_goal = in_flight == 100 and prefetch == PREFETCH
+            also = [Beside(rivals, Target(times) if is_goal else None)] if rivals else ()
+            cases.append(Case(name, work, base, also=also))
+    cases += [of_peers.call(peer, count, in_flight, of_peers.PLAIN) for peer in callers]
+    return Workload(f"rpc{in_flight}", f"RPC, {in_flight:,} calls in flight", cases)
 
 
 def _case(
@@ -81,31 +105,14 @@ def _case(
     kind: str,
     count: int,
     prefetch: int = 10,
+    in_flight: int = 1,
 ) -> Callable[[str], Sample]:
     def measure(url: str) -> Sample:
-        with broker.job(url, kind, count, prefetch) as job, service(server, job):
+        with broker.job(url, kind, count, prefetch, in_flight) as job, service(server, job):
             sample: Sample = in_child(client, job)
             return sample
 
     return measure
-
-
-def _one_by_one(call: Callable[[int], int], count: int) -> Sample:
-    """Make calls one by one, and return how long they took."""
-    milliseconds = []
-    for number in numbers(WARM_UP + count):
-        started = time.perf_counter()
-        result = call(number)
-        milliseconds.append((time.perf_counter() - started) * 1000)
-        _check(number, result)
-    measured = milliseconds[WARM_UP:]
-    return {f"p{percent} ms": percentile(measured, percent) for percent in (50, 90, 99)}
-
-
-def _check(number: int, result: Any) -> None:
-    """Check a reply: every service here adds one."""
-    if result != number + 1:
-        raise RuntimeError(f"the reply to {number} is {result!r}")
 
 
 # ----------------------------------------------------------------------- the tutorial
@@ -186,7 +193,7 @@ class _TutorialClient:
 
 def _call_tutorial(job: Job, codec: _Codec) -> Sample:
     client = _TutorialClient(job, codec)
-    sample = _one_by_one(client.call, job.count)
+    sample = one_by_one(client.call, job.count)
     client.connection.close()
     return sample
 
@@ -231,33 +238,39 @@ def _raw_server(ready: Callable[[], None], job: Job) -> None:
 
 
 class _RawClient:
-    """Keeps many calls in flight, whose replies come by direct reply-to."""
+    """Keeps calls in flight, whose replies come by direct reply-to."""
 
     def __init__(self, job: Job) -> None:
-        self.queue = job.queue
-        self.numbers = iter(numbers(job.count))
+        self.job = job
+        self.is_alone = job.in_flight == 1
+        self.numbers = iter(numbers(job.count + (WARM_UP if self.is_alone else 0)))
         self.pending: dict[str, int] = {}
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
+        self.called = 0.0
+        self.milliseconds: list[float] = []
 
     def open(self, channel: Channel) -> None:
         self.channel = channel
         channel.basic_consume(REPLY_TO, self.replied, auto_ack=True)
         self.watch.start()
-        for number in itertools.islice(self.numbers, IN_FLIGHT):
+        for number in itertools.islice(self.numbers, self.job.in_flight):
             self.call(number)
 
     def call(self, number: int) -> None:
         correlation_id = str(number)
         self.pending[correlation_id] = number
+        self.called = time.perf_counter()
         properties = pika.BasicProperties(reply_to=REPLY_TO, correlation_id=correlation_id)
         body = json.dumps(envelope(number)).encode()
-        self.channel.basic_publish("", self.queue, body, properties)
+        self.channel.basic_publish("", self.job.queue, body, properties)
 
     def replied(
         self, _channel: Channel, _method: Any, properties: pika.BasicProperties, body: bytes
     ) -> None:
         number = self.pending.pop(properties.correlation_id)
-        _check(number, json.loads(body)["content"]["parameters"]["no"])
+        check(number, json.loads(body)["content"]["parameters"]["no"])
+        if self.is_alone:
+            self.milliseconds.append((time.perf_counter() - self.called) * 1000)
         following = next(self.numbers, None)
         if following is not None:
             self.call(following)
@@ -265,11 +278,16 @@ class _RawClient:
             self.watch.stop()
             self.channel.connection.close()
 
+    def sample(self) -> Sample:
+        if self.is_alone:
+            return latencies(self.milliseconds[WARM_UP:])
+        return self.watch.sample(self.job.count, "call")
+
 
 def _raw_client(job: Job) -> Sample:
     client = _RawClient(job)
     raw.run(job.url, client.open)
-    return client.watch.sample(job.count, "call")
+    return client.sample()
 
 
 # ---------------------------------------------------------------------------- postage
@@ -300,17 +318,17 @@ class _Producer(GenericProducer):
 
 def _client(job: Job) -> Sample:
     with _Producer(job) as producer:
-        return _one_by_one(lambda number: producer.rpc_next(**parameters(number)).value, job.count)
+        return one_by_one(lambda number: producer.rpc_next(**parameters(number)).value, job.count)
 
 
 def _futures_client(job: Job) -> Sample:
     calls: collections.deque[tuple[int, Any]] = collections.deque()
     with _Producer(job) as producer:
         producer.rpc_next(**parameters(0))  # it connects with the first call
-        watch = Stopwatch()
+        watch = Stopwatch(job.url)
         watch.start()
         for number in numbers(job.count):
-            if len(calls) == IN_FLIGHT:
+            if len(calls) == job.in_flight:
                 _finish(*calls.popleft())
             calls.append((number, producer.rpc_next(**parameters(number), _future=True)))
         while calls:
@@ -320,4 +338,4 @@ def _futures_client(job: Job) -> Sample:
 
 
 def _finish(number: int, reply: Any) -> None:
-    _check(number, reply.result().value)
+    check(number, reply.result().value)

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from pika.channel import Channel
 
-from benchmarks import broker, raw
+from benchmarks import broker, ceiling, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child
 from benchmarks.envelope import FINGERPRINT
-from benchmarks.measuring import Case, Sample, Stopwatch, Target, Workload
+from benchmarks.measuring import Beside, Case, Sample, Stopwatch, Target, Workload
+from benchmarks.peers import cases as of_peers
+from benchmarks.peers.cases import Peer
 from benchmarks.publishing import publish
 from postage.messaging import DefaultExchange, MessageHandler, MessageProcessor, Queue
 from postage.microthreads import ExitScheduler
@@ -23,21 +25,32 @@ from postage.microthreads import ExitScheduler
 PREFETCH = 200
 
 
-def workloads(scale: float) -> list[Workload]:
+def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     """Return the workloads of this module.
 
     Args:
         scale: How much to consume, 1 being enough for a steady rate.
+        peers: Who does the work, too.
     """
     count = round(30_000 * scale)
+    names = [of_peers.consume_name(peer, PREFETCH) for peer in peers if not peer.is_fixed]
     cases = []
     for kind in ("classic", "quorum"):
         base = f"pika SelectConnection, {kind}"
+        limit = f"the broker's ceiling, {kind}"
+        cases.append(Case(limit, _case(ceiling.deliver, kind, count, PREFETCH), base))
         cases.append(Case(base, _case(_raw_in_hundreds, kind, count, PREFETCH)))
         cases.append(Case(f"{base}, acks singly", _case(_raw_singly, kind, count, PREFETCH), base))
-        for prefetch, target in ((PREFETCH, Target(0.6)), (10, None), (1, None)):
+        for prefetch, target in ((PREFETCH, Target(0.9)), (10, None), (1, None)):
             work = _case(_processor, kind, count if prefetch > 1 else count // 10, prefetch)
-            cases.append(Case(f"MessageProcessor, {kind}, prefetch {prefetch}", work, base, target))
+            name = f"MessageProcessor, {kind}, prefetch {prefetch}"
+            also = []
+            if names and prefetch == PREFETCH:
+                also = [Beside(names, Target(2.5) if kind == "classic" else None)]
+            cases.append(Case(name, work, base, target, also=also))
+    for peer in peers:
+        for wanted in (None,) if peer.is_fixed else (PREFETCH, None):
+            cases.append(of_peers.consume(peer, count, wanted, fill=publish))
     return [Workload("consume", f"Consuming, prefetch {PREFETCH} unless said otherwise", cases)]
 
 
@@ -67,7 +80,7 @@ class _Counter:
         self.job = job
         self.together = together
         self.counted = 0
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
 
     def open(self, channel: Channel) -> None:
         channel.basic_qos(prefetch_count=self.job.prefetch)
@@ -111,7 +124,7 @@ class _Processor(MessageProcessor):
         self.prefetch = job.prefetch
         self.count = job.count
         self.counted = 0
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
         super().__init__(FINGERPRINT, [(DefaultExchange, [(queue, job.queue)])])
 
     @MessageHandler("command", "echo")

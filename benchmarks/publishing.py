@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pika
 from pika.channel import Channel
 
-from benchmarks import broker, raw
+from benchmarks import broker, ceiling, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child
 from benchmarks.envelope import FINGERPRINT, envelope, numbers, parameters
 from benchmarks.measuring import Case, Sample, Stopwatch, Target, Workload
+from benchmarks.peers import cases
+from benchmarks.peers.cases import Peer
 from postage.messaging import DefaultExchange, GenericProducer
 
 #: Messages that plain pika sends ahead of their confirms; as many as a batch of postage does.
@@ -27,21 +29,28 @@ CHUNK = 500
 _PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
 
 
-def workloads(scale: float) -> list[Workload]:
+def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     """Return the workloads of this module.
 
     Args:
         scale: How much to send, 1 being enough for a steady rate.
+        peers: Who does the work, too.
     """
     many, some = round(30_000 * scale), round(2_000 * scale)
     batch, single = [], []
     for kind in ("classic", "quorum"):
         base = f"pika SelectConnection, {kind}"
-        batch.append(Case(base, _case(publish, kind, many)))
-        batch.append(Case(f"batch(), {kind}", _case(_batch, kind, many), base, Target(0.6)))
+        limit = f"the broker's ceiling, {kind}"
+        batch.append(Case(limit, _case(ceiling.publish, kind, many)))
+        batch.append(Case(base, _case(publish, kind, many), limit))
+        batch.append(Case(f"batch(), {kind}", _case(_batch, kind, many), limit, Target(0.85)))
         base = f"pika BlockingConnection, {kind}"
         single.append(Case(base, _case(_blocking, kind, some)))
         single.append(Case(f"message_x(), {kind}", _case(_one_by_one, kind, some), base))
+    for peer in peers:
+        batch.append(cases.publish_many(peer, many))
+        if peer.confirms != "never":
+            single.append(cases.publish_singly(peer, some))
     return [
         Workload("batch", "Confirmed publishing, many at once", batch),
         Workload("single", "Confirmed publishing, one by one", single),
@@ -70,7 +79,7 @@ class _Publisher:
         self.numbers = iter(numbers(job.count))
         self.sent = 0
         self.outstanding: dict[int, None] = {}
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(job.url)
 
     def open(self, channel: Channel) -> None:
         self.channel = channel
@@ -116,7 +125,7 @@ def _blocking(job: Job) -> Sample:
     with pika.BlockingConnection(pika.URLParameters(job.url)) as connection:
         channel = connection.channel()
         channel.confirm_delivery()
-        watch = Stopwatch()
+        watch = Stopwatch(job.url)
         watch.start()
         for number in numbers(job.count):
             body = json.dumps(envelope(number)).encode()
@@ -137,7 +146,7 @@ class _Producer(GenericProducer):
 
 def _batch(job: Job) -> Sample:
     with _Producer(job) as producer:
-        watch = Stopwatch()
+        watch = Stopwatch(job.url)
         watch.start()
         with producer.batch() as batch:
             for number in numbers(job.count):
@@ -148,7 +157,7 @@ def _batch(job: Job) -> Sample:
 
 def _one_by_one(job: Job) -> Sample:
     with _Producer(job) as producer:
-        watch = Stopwatch()
+        watch = Stopwatch(job.url)
         watch.start()
         for number in numbers(job.count):
             producer.message_echo(**parameters(number))

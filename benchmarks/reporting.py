@@ -24,9 +24,9 @@ def heading(conditions: Mapping[str, str], rounds: int) -> str:
 
 def table(workload: Workload, results: Sequence[Result]) -> str:
     """Return the results of a workload as a table."""
-    figures = list(results[0].figures())
+    figures = list(next(filter(None, (result.figures() for result in results)), ()))
     rows = [[workload.title, *figures, "spread", "ratio", "spread", "target"]]
-    rows += [_row(result) for result in results]
+    rows += [_row(result, figures) for result in results]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -37,13 +37,15 @@ def table(workload: Workload, results: Sequence[Result]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _row(result: Result) -> list[str]:
-    spreads = list(result.figures().values())
+def _row(result: Result, figures: Sequence[str]) -> list[str]:
+    spreads = result.figures()
     ratio = result.ratio()
+    if not spreads:
+        return [f"{result.case.name} FAILED", *[""] * (len(figures) + 4)]
     return [
         result.case.name,
-        *(_number(spread.median) for spread in spreads),
-        _range(spreads[0], _number),
+        *(_number(spreads[name].median) if name in spreads else "" for name in figures),
+        _range(spreads[figures[0]], _number),
         f"{ratio.median:.2f}" if ratio else "",
         _range(ratio, "{:.2f}".format) if ratio else "",
         _verdict(result),

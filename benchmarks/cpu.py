@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""The processor time of other processes: brokers and components.
+
+Programs of other packages measure with this, too, in environments without psutil. They do
+without the figures of the broker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import psutil
+
+#: The port of AMQP.
+PORT = 5672
+
+
+def listener(url: str) -> psutil.Process | None:
+    """Return the process of a broker, if it runs on this machine and is ours to look at."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    port = urlsplit(url).port or PORT
+    try:
+        sockets = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return None
+    pids = {
+        each.pid
+        for each in sockets
+        if each.status == psutil.CONN_LISTEN and each.laddr[1:] == (port,) and each.pid
+    }
+    return psutil.Process(pids.pop()) if len(pids) == 1 else None
+
+
+def spent(processes: Iterable[psutil.Process]) -> float:
+    """Return the seconds of processor time that processes have taken so far."""
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
+
+
+def share(processes: Iterable[psutil.Process], seconds: float) -> float:
+    """Return the processor time that processes take in some seconds, in percent of a core."""
+    watched = list(processes)
+    before, began = spent(watched), time.monotonic()
+    time.sleep(seconds)
+    return 100 * (spent(watched) - before) / (time.monotonic() - began)
