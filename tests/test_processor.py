@@ -1203,6 +1203,8 @@ def test_a_call_that_nobody_waits_for_any_more_is_skipped(sender: Sender) -> Non
     """Its time passed while it lay in the inbox behind a slow message."""
 
     class Own(Logging):
+        prefetch = 10
+
         @RpcHandler("command", "late")
         def rpc_late(self, content: Any, reply_func: Callable[[Any], None]) -> None:
             self.log.append("late")
