@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that the confirm of a reply, or of a parked message, is waited for.
 PUBLISH_TIMEOUT = 30.0
+_DEFAULT = DefaultExchange.spec()
 #: Names that were warned of already: one warning a name is enough.
 _warned: set[str] = set()
 
@@ -402,7 +403,7 @@ class GenericConsumer:
                 future.fail(publishing.error)
 
         publishing = Publishing(
-            DefaultExchange.spec(),
+            _DEFAULT,
             queue,
             body,
             properties,

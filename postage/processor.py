@@ -61,6 +61,8 @@ _Processor = TypeVar("_Processor", bound="MessageProcessor")
 
 logger = logging.getLogger(__name__)
 
+#: Seconds for which messages are handled before others in the scheduler have their turn.
+SLICE = 0.001
 #: Deliveries after which a message may be one that ends the process each time. The broker will
 #: move it to the error queue then (delivery limit), which should be known of by that time.
 SUSPICIOUS = 5
@@ -123,7 +125,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         hup: Mapping[str, Any] | None = None,
         vhost: str | None = None,
     ) -> None:
-        restart.cause()  # before anything could start a child process
+        self._cause = restart.cause()  # before anything could start a child process
         self.fingerprint = fingerprint
         self.consumer = self.consumer_class(eqk, hup, vhost)
         if self.prefetch is not None:
@@ -190,7 +192,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     # -------------------------------------------------------------------- microthread
 
     def main(self) -> Generator[Any, Any, None]:
-        """Run: consume, and handle one message a step, until told to leave."""
+        """Run: consume, and handle messages, until told to leave."""
         if self.scheduler is None:  # handlers need one, so this one brings its own
             scheduler = MicroScheduler(autoquit=True)
             scheduler.add_microthread(self)
@@ -205,11 +207,25 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
                     return
                 continue
             try:
-                wanted = self.step()
+                wanted = self._slice()
             except StopIteration:
                 self._stopping = True
                 continue
             yield 1 if wanted is None else wanted
+
+    def _slice(self) -> Any:
+        """Handle messages for a moment, and return what to wait for, if for anything.
+
+        Other microthreads wait for `SLICE` seconds and one handler at most, as long as they
+        would for a handler of that length; a turn of the scheduler costs as much as a short one.
+        """
+        end = time.monotonic() + SLICE
+        while True:
+            wanted = self.step()
+            if wanted is not None or self._stopping or self._farewell is not None or self._ended:
+                return wanted
+            if time.monotonic() >= end or (self.scheduler is not None and self.scheduler.shutdown):
+                return None
 
     def step(self) -> Any:
         """Handle one message, or return the inbox to wait for."""
@@ -444,7 +460,7 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             The verdict, or the confirm of an answer: then it is done with.
         """
         message_id = delivery.properties.message_id
-        if message_id is not None and message_id == restart.cause():
+        if message_id is not None and message_id == self._cause:
             return ACK  # what this run is the answer to
         try:
             body = self._read(delivery)

@@ -17,6 +17,7 @@ result that says why there is none:
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ _UNSENT = (PublishTimeoutError, BrokerBlockedError)
 _INT_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """What a call sends, each time it sends it.
 
@@ -151,12 +152,22 @@ class Caller:
         self._publishing: Publishing | None = None
         self._queue: ReplyQueue | None = None
         self._reply_to = ""  # its name, from the moment that it is consumed
-        self._timers: list[object] = []
+        self._expires = self._look_at = math.inf
+        self.due = math.inf
 
     def start(self) -> None:
         """Send the first request."""
         self._stream.add(self._id, self)
         self._attempt()
+
+    def ring(self, now: float) -> None:
+        """Look whether anybody is there, or give the attempt up: it is time."""
+        if self._expires <= now:
+            self._time_out()
+        else:
+            self._look_at = math.inf
+            self._remind()
+            self._look()
 
     def replied(self, body: bytes) -> None:
         """Hear the reply."""
@@ -175,10 +186,12 @@ class Caller:
 
     def _attempt(self) -> None:
         self._attempts += 1
-        self._timers = [self._hub.call_later(self._request.timeout, self._time_out)]
+        now = time.monotonic()
+        self._expires = now + self._request.timeout
         if self._request.queue is not None:
             self._looks = 0
-            self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+            self._look_at = now + LOOK_AFTER
+        self._remind()
         if self._compat:
             self._publisher.connection.probe(_wait_for_connection, self._open_queue)
         else:
@@ -281,11 +294,11 @@ class Caller:
         if isinstance(error, ChannelClosedError):
             return  # it is somebody's own (405), or is not the one that the request went to (404)
         if error is not None:
-            self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+            self._look_later()
             return
         self._looks += 1
         if self._looks < LOOKS:
-            self._timers.append(self._hub.call_later(LOOK_AFTER, self._look))
+            self._look_later()
             return
         self._finish(
             MessageResultException(
@@ -294,8 +307,16 @@ class Caller:
             )
         )
 
+    def _look_later(self) -> None:
+        self._look_at = time.monotonic() + LOOK_AFTER
+        self._remind()
+
+    def _remind(self) -> None:
+        self.due = min(self._expires, self._look_at)
+        self._stream.remind(self._hub, self.due)
+
     def _time_out(self) -> None:
-        self._cancel_timers()
+        self._expires = self._look_at = self.due = math.inf
         publishing = self._publishing
         is_held = publishing is None or self._publisher.withdraw(publishing)
         self._is_sent |= publishing is not None and publishing.in_doubt
@@ -328,7 +349,6 @@ class Caller:
         self._finish(MessageResultException(type(error).__name__, str(text)))
 
     def _finish(self, result: bytes | Message) -> None:
-        self._cancel_timers()
         self._stream.remove(self._id)
         self._close_queue()
         future: Future[Any] = self._reply
@@ -340,11 +360,6 @@ class Caller:
             self._queue.close()
         self._queue = None
         self._reply_to = ""
-
-    def _cancel_timers(self) -> None:
-        for timer in self._timers:
-            self._hub.cancel(timer)
-        self._timers.clear()
 
 
 def _wait_for_connection(_channel: Channel) -> Generator[Any, Any, None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -25,12 +26,19 @@ from pika.channel import Channel
 from postage.errors import ConnectionLostError, TransportError
 from postage.transport.connection import Connection
 from postage.transport.conversation import Script, converse, translated
+from postage.transport.hub import Hub
 
 logger = logging.getLogger(__name__)
 
 
 class Caller(Protocol):
     """A call that waits for its reply."""
+
+    #: When it wants to be rung, on the monotonic clock.
+    due: float
+
+    def ring(self, now: float) -> None:
+        """It is time. Sets `due` anew, or removes itself."""
 
     def replied(self, body: bytes) -> None:
         """The reply came."""
@@ -40,10 +48,16 @@ class Caller(Protocol):
 
 
 class ReplyStream:
-    """The callers that wait on one publishing channel, by correlation id."""
+    """The callers that wait on one publishing channel, by correlation id.
+
+    Nearly all calls end before their time is up. So there is one alarm for all of them: a call
+    neither sets a timer nor cancels it.
+    """
 
     def __init__(self) -> None:
         self._callers: dict[str, Caller] = {}
+        self._alarm: object | None = None
+        self._alarm_at = 0.0
 
     def __repr__(self) -> str:
         return f"<ReplyStream [{len(self._callers)} pending]>"
@@ -58,6 +72,23 @@ class ReplyStream:
     def remove(self, correlation_id: str) -> None:
         """Let it hear nothing more."""
         self._callers.pop(correlation_id, None)
+
+    def remind(self, hub: Hub, due: float) -> None:
+        """Ring the callers that are due then."""
+        if self._alarm is not None:
+            if self._alarm_at <= due:
+                return
+            hub.cancel(self._alarm)
+        self._alarm_at = due
+        self._alarm = hub.call_later(due - time.monotonic(), partial(self._ring, hub))
+
+    def _ring(self, hub: Hub) -> None:
+        self._alarm = None
+        now = time.monotonic()
+        for caller in [each for each in self._callers.values() if each.due <= now]:
+            caller.ring(now)
+        if self._callers:
+            self.remind(hub, min(each.due for each in self._callers.values()))
 
     def heard(self, properties: pika.BasicProperties, body: bytes) -> None:
         """Hand a reply to its caller. One that nobody waits for any more is dropped."""

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -157,11 +158,16 @@ class Line:
 
     def _handle(self, _descriptor: int, events: int) -> None:
         if events & self.hub.loop.WRITE:
-            self.near.send(self._unsent)
-            self._unsent = b""
-            self.hub.loop.update_handler(self.near.fileno(), self._events)
+            self._unsent = self._unsent[self.near.send(self._unsent) :]
+            if self.is_flushed:
+                self.hub.loop.update_handler(self.near.fileno(), self._events)
         if events & self.hub.loop.READ:
             self.heard.append(self.near.recv(4096))
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether all has left."""
+        return not self._unsent
 
     def arrived(self) -> bytes:
         """Return what arrived at the far end up to now."""
@@ -300,6 +306,76 @@ def test_a_call_has_pushed_its_bytes_out_when_it_returns(hub: Hub, line: Line) -
     """What a called function wrote is on its way, though nobody polls any more."""
     hub.call(partial(line.write, b"hello"))
     assert b"hello" == line.arrived()
+
+
+def test_a_call_writes_without_a_poll(
+    hub: Hub, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket is nearly always writable, so it is tried at once and the poller is not asked."""
+    polls: list[object] = []
+    hub.call(partial(hub._poll, 0.0))  # one that just was: after a while a call looks for events
+    monkeypatch.setattr(hubs, "UNPOLLED", DEADLINE)
+    monkeypatch.setattr(hub.loop._poller, "poll", lambda: polls.append("poll"))
+    monkeypatch.setattr(hub.loop._poller, "update_handler", lambda *_args: polls.append("update"))
+    for _ in range(10):
+        hub.call(partial(line.write, b"hello"))
+    monkeypatch.undo()
+    assert b"hello" * 10 == line.arrived()
+    assert [] == polls
+
+
+def test_what_a_socket_does_not_take_at_once_follows(hub: Hub, line: Line) -> None:
+    """Then the poller is asked when it takes more."""
+    size = 8_000_000
+    hub.call(partial(line.write, bytes(size)))
+    assert not line.is_flushed
+    line.far.settimeout(DEADLINE)
+
+    def read() -> int:
+        count = 0
+        while count < size:
+            count += len(line.far.recv(1_000_000))
+        return count
+
+    reader = Task(read)
+    assert held(hub, lambda: line.is_flushed)
+    assert size == reader.result()
+
+
+def test_a_thread_that_only_calls_hears_events(hub: Hub, line: Line) -> None:
+    """It never waits, so a call looks for events if nobody did for a while."""
+    line.far.send(b"event")
+
+    def heard() -> bool:
+        hub.call(lambda: None)
+        return line.heard == [b"event"]
+
+    wait_until(heard)
+
+
+def test_a_leader_is_woken_once_for_many_calls(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte in the wake-up socket is enough for all who call before the leader looks."""
+    ran: list[int] = []
+    busy, idle = threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        busy.set()
+        idle.wait(DEADLINE)
+
+    leader = Follower(hub)
+    hub.call(occupy)
+    assert busy.wait(DEADLINE)
+    sent: list[bytes] = []
+    writer = hub._wakeup_writer
+    spy = types.SimpleNamespace(send=lambda byte: sent.append(byte) or writer.send(byte))
+    monkeypatch.setattr(hub, "_wakeup_writer", spy)
+    for number in range(100):
+        hub.call(partial(ran.append, number))
+    idle.set()
+    wait_until(lambda: len(ran) == 100)
+    monkeypatch.undo()
+    leader.dismiss()
+    assert len(sent) <= 1
 
 
 def test_a_wait_has_pushed_its_bytes_out_when_it_returns(hub: Hub, line: Line) -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,6 +24,7 @@ from postage.settings import Settings
 from postage.topology import DefaultExchange, ExchangeSpec
 from postage.transport import connection as connections
 from postage.transport.connection import Connection
+from postage.transport.hub import Hub
 from postage.transport.publisher import DIRECT_REPLY_TO, Fate, Publisher, Publishing
 from postage.transport.replies import ReplyQueue, ReplyStream
 from tests.nodes import Node
@@ -37,9 +41,15 @@ DEFAULT = DefaultExchange.spec()
 class Call:
     """A caller that notes what it hears."""
 
-    def __init__(self) -> None:
+    def __init__(self, due: float = math.inf) -> None:
+        self.due = due
+        self.rung = 0
         self.replies: list[bytes] = []
         self.deaf = 0
+
+    def ring(self, now: float) -> None:
+        self.rung += 1
+        self.due = math.inf
 
     def replied(self, body: bytes) -> None:
         self.replies.append(body)
@@ -408,9 +418,7 @@ def test_a_reply_queue_goes_when_it_is_closed(client: Client) -> None:
     assert [] == box.lost
 
 
-def test_a_reply_queue_that_is_closed_early_is_never_opened(
-    node: Node, client: Client
-) -> None:
+def test_a_reply_queue_that_is_closed_early_is_never_opened(node: Node, client: Client) -> None:
     """The call is over, and must not be sent any more; no queue and no channel stays behind."""
     client.connection.ask(no_question, DEADLINE, "connect")
     boxes: list[Mailbox] = []
@@ -499,3 +507,41 @@ def test_a_call_that_must_not_run_twice_ends_with_the_loss_of_its_channel(
     assert "2" == next_request.correlation_id
     server.answer(next_request, b"reply")
     far_client.wait_for(lambda: other.replies)
+
+
+# ----------------------------------------------------------------------- one alarm for all
+
+
+def test_calls_in_flight_share_one_timer() -> None:
+    """A call neither sets a timer of its own nor cancels one, however many are in flight."""
+    stream = ReplyStream()
+    made: list[float] = []
+    timers = types.SimpleNamespace(
+        call_later=lambda seconds, _ring: made.append(seconds) or "timer",
+        cancel=lambda _timer: made.append(0.0),
+    )
+    for number in range(1000):
+        caller = Call(time.monotonic() + 30.0 + number)
+        stream.add(str(number), caller)
+        stream.remind(timers, caller.due)  # type: ignore[arg-type]
+    for number in range(1000):
+        stream.remove(str(number))
+    assert 1 == len(made)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with contextlib.closing(Hub()) as hub:
+        yield hub
+
+
+def test_a_call_with_less_time_than_those_before_is_rung_first(hub: Hub) -> None:
+    """The alarm is set anew for it, and then for the next one."""
+    stream = ReplyStream()
+    now = time.monotonic()
+    late, soon, sooner = Call(now + 3600.0), Call(now + 0.02), Call(now + 0.01)
+    for name, caller in {"late": late, "soon": soon, "sooner": sooner}.items():
+        stream.add(name, caller)
+        hub.call(partial(stream.remind, hub, caller.due))
+    assert hub.wait(lambda: soon.rung == 1, DEADLINE)
+    assert (0, 1, 1) == (late.rung, soon.rung, sooner.rung)
