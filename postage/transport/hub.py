@@ -109,6 +109,7 @@ class _Loop(IOLoop):
     def __init__(self) -> None:
         self.watched: dict[int, Callable[[int, int], None]] = {}
         self._wanted: dict[int, int] = {}  # what pika wants to hear of each of them
+        self._known: dict[int, int] = {}  # what the poller knows of that
         self._untried: dict[int, None] = {}  # those that pika has something for
         #: Seconds that the next poll lasts at most, or None for until the next timer.
         self.limit: float | None = None
@@ -119,23 +120,27 @@ class _Loop(IOLoop):
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
         self.watched[fd] = handler
-        self._wanted[fd] = events
+        self._wanted[fd] = self._known[fd] = events
         super().add_handler(fd, handler, events)
 
     def update_handler(self, fd: int, events: int) -> None:
-        before, self._wanted[fd] = self._wanted[fd], events
-        if fd in self._untried:
-            del self._untried[fd]
-            before &= ~self.WRITE  # the poller knows nothing of it yet
-        if events & ~before == self.WRITE:
+        known = self._known[fd]
+        self._wanted[fd] = events
+        self._untried.pop(fd, None)
+        added = events & ~known
+        if added & self.WRITE and not added & self.READ:
             self._untried[fd] = None
-            events &= ~self.WRITE
-        if events != before:
-            super().update_handler(fd, events)
+        elif events != known:
+            self._tell(fd, events)
+
+    def _tell(self, fd: int, events: int) -> None:
+        self._known[fd] = events
+        super().update_handler(fd, events)
 
     def remove_handler(self, fd: int) -> None:
         self.watched.pop(fd, None)
         self._wanted.pop(fd, None)
+        self._known.pop(fd, None)
         self._untried.pop(fd, None)
         super().remove_handler(fd)
 
@@ -146,7 +151,7 @@ class _Loop(IOLoop):
             self.watched[fd](fd, self.WRITE)
             if fd in self._untried:  # there is more
                 del self._untried[fd]
-                super().update_handler(fd, self._wanted[fd])
+                self._tell(fd, self._wanted[fd])
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
         timer = _Timer(callback)

@@ -154,7 +154,8 @@ class Line:
     def write(self, data: bytes) -> None:
         """Send from the near end: in the loop, as `Channel.basic_publish` of pika."""
         self._unsent += data
-        self.hub.loop.update_handler(self.near.fileno(), self._events | self.hub.loop.WRITE)
+        loop = self.hub.loop
+        loop.update_handler(self.near.fileno(), self._events | loop.WRITE | loop.ERROR)
 
     def _handle(self, _descriptor: int, events: int) -> None:
         if events & self.hub.loop.WRITE:
