@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ import pika
 import psutil
 import pytest
 
+from postage import processor as processors
 from postage.errors import (
     ChannelClosedError,
     ClosedError,
@@ -1532,3 +1534,63 @@ def test_a_closed_processor_refuses_new_queues(broker_url: str) -> None:
 
     with pytest.raises(ClosedError):
         own.add_eqk(eqk_of("more"))
+
+
+# ----------------------------------------------------------------------- what a message costs
+
+
+class CountingTable(dict[Any, Any]):
+    """A table that counts how often it is asked."""
+
+    asked = 0
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked += 1
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("somebody walks through the handlers")
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_a_handler_is_looked_up_and_not_searched(count: int) -> None:
+    """By its name, and then by its type alone, however many handlers there are."""
+    methods: dict[str, Any] = {}
+    for number in range(count):
+        decorate = MessageHandler("command", f"number_{number}")
+        methods[f"msg_{number}"] = decorate(lambda self, content: None)
+    own_class = type("Own", (MessageProcessor,), methods)
+    table = own_class._message_handlers = CountingTable(own_class._message_handlers)
+    own = own_class.__new__(own_class)
+    for name, found in ((f"number_{count - 1}", f"msg_{count - 1}"), ("unknown", None)):
+        table.asked = 0
+        handlers = own._handlers_of({"category": "message", "type": "command", "name": name})
+        assert found == (handlers[0].attribute if handlers else None)
+        assert table.asked <= 2
+
+
+@pytest.mark.parametrize("seconds, steps", [(0.0, 1), (math.inf, 10)])
+def test_messages_are_handled_for_a_moment_before_others_have_their_turn(
+    broker_url: str, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
+) -> None:
+    """Until the moment is over, or there is something to wait for."""
+    taken: list[None] = []
+    with Logging() as own:
+        monkeypatch.setattr(processors, "SLICE", seconds)
+        monkeypatch.setattr(own, "step", lambda: taken.append(None) or len(taken) == 10 or None)
+        own._slice()
+        assert steps == len(taken)
+
+
+def test_nothing_is_handled_after_the_message_that_says_to_leave(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the moment is not over, and others are there: they go back to their queue."""
+    monkeypatch.setattr(processors, "SLICE", math.inf)
+    with Logging() as own:
+        with sender.batch() as batch:
+            for name in ("last", "quit", "last"):
+                getattr(batch, f"message_{name}")()
+        own.start_consuming()
+        assert ["last"] == own.log
+        assert ["last"] == [json.loads(rest)["name"] for rest in rest_of("q")]
