@@ -71,7 +71,7 @@ def workloads(scale: float) -> list[Workload]:
     Args:
         scale: How long idle components are watched.
     """
-    watched = WATCHED * max(scale, 0.5)
+    watched = WATCHED * max(scale, 0.3)
     imports = [
         Case("import pika", partial(_importing, "import pika")),
         Case(
@@ -112,7 +112,7 @@ def workloads(scale: float) -> list[Workload]:
         Workload("import", "Import, without the start of Python", imports),
         Workload("start", "From the start of Python to the first message handled", start),
         Workload("footprint", "Memory of an idle component", memory),
-        Workload("idle", "Processor time of idle components", idle, rounds=2),
+        Workload("idle", "Processor time of idle components", idle, rounds=1),
     ]
 
 
