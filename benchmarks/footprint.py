@@ -10,13 +10,15 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import psutil
 
 from benchmarks import broker, ceiling, cpu
 from benchmarks.measuring import Case, Sample, Target, Workload
+from benchmarks.peers import cases
+from benchmarks.peers.cases import Peer
 from tests.programs import ROOT
 
 #: Seconds for which idle components are watched, after so many to settle.
@@ -65,11 +67,12 @@ channel.start_consuming()
 """
 
 
-def workloads(scale: float) -> list[Workload]:
+def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     """Return the workloads of this module.
 
     Args:
         scale: How long idle components are watched.
+        peers: Whose components are measured, too.
     """
     watched = WATCHED * max(scale, 0.3)
     imports = [
@@ -88,6 +91,7 @@ def workloads(scale: float) -> list[Workload]:
     start = [
         Case("plain pika", partial(_starting, PLAIN)),
         Case("GenericApplication", partial(_starting, COMPONENT), "plain pika"),
+        *(cases.start(peer, "plain pika") for peer in peers),
     ]
     memory = [
         Case("plain pika", partial(_keeping, PLAIN)),
@@ -96,6 +100,7 @@ def workloads(scale: float) -> list[Workload]:
             partial(_keeping, COMPONENT),
             target=Target(45, is_maximum=True),
         ),
+        *(cases.keep(peer) for peer in peers),
     ]
     idle = [
         Case("plain pika, 1", partial(_idle, PLAIN, 1, watched)),
