@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -140,7 +141,7 @@ def _workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
         *publishing.workloads(scale, peers),
         *consuming.workloads(scale, peers),
         *calling.workloads(scale, peers),
-        *footprint.workloads(scale),
+        *footprint.workloads(scale, peers),
         *growing.workloads(scale),
         *sharing.workloads(scale),
         *wide.workloads(scale),
@@ -167,4 +168,5 @@ class _Progress:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no program is left behind
     sys.exit(main())
