@@ -32,8 +32,8 @@ docs: $(VENV)/.docs ## build the documentation in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
 bench: $(VENV)/.bench ## measure all, with peers, and write it into the documentation (45 minutes)
-	$(BIN)/python -m benchmarks --json $(RESULTS) $(ARGS)
-	$(BIN)/python -m benchmarks report $(RESULTS)
+	$(BIN)/python -m benchmarks --json $(RESULTS) $(ARGS); status=$$?; \
+	$(BIN)/python -m benchmarks report $(RESULTS) && exit $$status
 
 bench-quick: install ## measure what has a target: under two minutes (ARGS=...)
 	$(BIN)/python -m benchmarks --quick $(ARGS)

@@ -97,7 +97,7 @@ def _targets(results: Mapping[str, Any]) -> list[str]:
 
 def _cases(workload: Mapping[str, Any]) -> list[str]:
     cases = [each for each in workload["cases"] if " beside " not in each["case"]]
-    figures = list(max((each["medians"] for each in cases), key=len))
+    figures = max((list(each["medians"]) for each in cases), key=len)
     has_ratios = any(each["ratio"] for each in cases)
     rows = []
     for each in cases:

@@ -34,7 +34,7 @@ GROWTH = {
     "bindings": "CPU us/message",
     "backlog": "CPU us/message",
     "inflight": "CPU us/call",
-    "targets": "CPU us/publishing",
+    "pairs": "CPU us/publishing",
     "publish-sizes": "CPU us/message",
     "handle-sizes": "CPU us/message",
     "fanout": "broker us/copy",
