@@ -7,6 +7,7 @@ Every figure is of a process of its own, which runs Python as its users do.
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,12 @@ from benchmarks import broker, ceiling, cpu
 from benchmarks.measuring import Case, Sample, Target, Workload
 from benchmarks.peers import cases
 from benchmarks.peers.cases import Peer
-from tests.programs import ROOT
+from tests.programs import ROOT, Program
 
 #: Seconds for which idle components are watched, after so many to settle.
 WATCHED, SETTLING = 20.0, 3.0
+#: Seconds that a component gets to start, and to end.
+DEADLINE_SECONDS = 60.0
 
 #: Prints the milliseconds that the statement in its argument takes.
 IMPORTING = """
@@ -160,15 +163,12 @@ def _idle(program: str, number: int, seconds: float, url: str) -> Sample:
 @contextlib.contextmanager
 def running(program: str, queue: str, url: str) -> Iterator[psutil.Process]:
     """Run a program that has handled a message, while the block runs."""
-    command = [sys.executable, "-c", program, queue, url]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with Program(["-c", program, queue, url], env={"POSTAGE_URL": url}) as component:
+        component.wait_for_line("handled", DEADLINE_SECONDS)
         try:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "handled":
-                raise RuntimeError("the component failed; it has said why")
-            yield psutil.Process(process.pid)
+            yield psutil.Process(component.pid)
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
+            component.terminate()
+            component.wait(DEADLINE_SECONDS)
+            with broker.channel(url) as channel:  # it stays a week, for the next on this host
+                channel.queue_delete(f"{queue}@{socket.gethostname()}")

@@ -132,9 +132,10 @@ def _sizes(scale: float) -> list[Workload]:
                 at=Point("MessageProcessor", size),
             ),
         ]
+    axis = "size of the body"
     return [
-        Workload("publish-sizes", "Publishing, by size of the body", publishing, "bytes", 3),
-        Workload("handle-sizes", "Handling, by size of the body", handling, "bytes", 3),
+        Workload("publish-sizes", f"Publishing, by {axis}", publishing, axis, rounds=3),
+        Workload("handle-sizes", f"Handling, by {axis}", handling, axis, rounds=3),
     ]
 
 

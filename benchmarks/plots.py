@@ -7,6 +7,7 @@ differ in their markers, too. The ground is white, for light and for dark pages.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ GROWTH = {
     "handle-sizes": "CPU us/message",
     "fanout": "broker us/copy",
 }
+#: The ratio of two bars above which their axis is logarithmic.
+WIDE = 100
 #: What is ours, in the names of cases.
 _OURS = ("batch()", "MessageProcessor", "rpc_x", "message_x")
 #: Cases that only their table shows.
@@ -83,6 +86,11 @@ def _panels(count: int, columns: int, width: float, height: float) -> tuple[Any,
     return figure, panels[:count]
 
 
+def _plain(value: float, _place: object = None) -> str:
+    """Return a number as people write it."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
+
+
 # --------------------------------------------------------------------------------- bars
 
 
@@ -121,12 +129,16 @@ def _bars(workloads: Mapping[str, Any]) -> Any:
         places = range(len(bars), 0, -1)
         panel.barh(places, values, color=colours, height=0.72)
         panel.set_yticks(places, [case for case, _value in bars])
-        panel.set_xscale("log")
-        panel.set_xlim(min(values) / 3, max(values) * 3)
+        if max(values) / min(values) > WIDE:
+            panel.set_xscale("log")
+            panel.set_xlim(10 ** math.floor(math.log10(min(values)) - 0.3), max(values) * 4)
+        else:
+            panel.set_xlim(0, max(values) * 1.18)
+            panel.locator_params(axis="x", nbins=5)
+        panel.xaxis.set_major_formatter(_plain)
         panel.set_title(BARS[name], loc="left", fontsize=10)
         for place, value in zip(places, values, strict=True):
-            text = f" {value:,.0f}" if value >= 100 else f" {value:.2g}"
-            panel.text(value, place, text, va="center", fontsize=8)
+            panel.text(value, place, f" {_plain(value)}", va="center", fontsize=8)
     handles = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), frameon=False)
     return figure
@@ -159,15 +171,19 @@ def _growth(workloads: Mapping[str, Any]) -> Any:
     for panel, name in zip(panels, drawn, strict=True):
         curves = curves_of(workloads[name], GROWTH[name])
         _draw_curves(panel, curves)
+        xs = sorted({x for points in curves.values() for x, _y in points})
+        highest = max(y for points in curves.values() for _x, y in points)
         panel.set_xscale("log")
+        panel.minorticks_off()
+        panel.set_xlabel(workloads[name]["axis"])
         if "sizes" in name:
             panel.set_yscale("log")
-            panel.set_xscale("log", base=2)
-            panel.set_xticks([256, 4096, 262_144], ["256 B", "4 KiB", "256 KiB"])
-            panel.set_xlabel("size of the body")
+            panel.yaxis.set_major_formatter(_plain)
+            panel.set_xticks(xs, [f"{x / 1024:,g} KiB" for x in xs])
         else:
-            panel.set_ylim(bottom=0)
-            panel.set_xlabel(workloads[name]["axis"])
+            panel.set_ylim(0, 1.4 * highest)
+            panel.set_xticks(xs, [_plain(x) for x in xs])
+            panel.tick_params(axis="x", labelrotation=30 if len(xs) > 4 else 0)
         panel.set_ylabel(GROWTH[name].replace("us/", "µs a "))
         panel.set_title(workloads[name]["title"], loc="left", fontsize=9)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -177,7 +193,9 @@ def _growth(workloads: Mapping[str, Any]) -> Any:
 
 
 def _draw_curves(panel: Any, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    for (name, points), (colour, marker) in zip(curves.items(), CURVES, strict=False):
+    looks = iter(CURVES)
+    for name, points in curves.items():
+        colour, marker = (LIMIT, "x") if name == "ceiling" else next(looks)
         xs, ys = zip(*sorted(points), strict=True)
         panel.plot(xs, ys, color=colour, marker=marker, markersize=4.5, label=name)
 
@@ -195,7 +213,8 @@ def _processes(workloads: Mapping[str, Any]) -> Any:
     most = max(x for points in rates.values() for x, _y in points)
     left.plot([1, most], [1, most], color=LIMIT, linestyle=":", label="in proportion")
     left.set_title("Messages handled, beside one process", loc="left", fontsize=10)
-    left.set_ylabel("times")
+    left.set_ylabel("times as many")
+    left.set_ylim(bottom=0)
     _draw_curves(right, curves_of(workload, "broker, % of a core"))
     right.set_title("Processor time of the broker", loc="left", fontsize=10)
     right.set_ylabel("% of a core")
