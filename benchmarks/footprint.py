@@ -118,8 +118,8 @@ def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     ]
     return [
         Workload("import", "Import, without the start of Python", imports),
-        Workload("start", "From the start of Python to the first message handled", start),
-        Workload("footprint", "Memory of an idle component", memory),
+        Workload("start", "From the start of Python to the first message handled", start, rounds=3),
+        Workload("footprint", "Memory of an idle component", memory, rounds=3),
         Workload("idle", "Processor time of idle components", idle, rounds=1),
     ]
 

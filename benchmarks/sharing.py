@@ -45,7 +45,7 @@ def workloads(scale: float) -> list[Workload]:
     kinds = {
         "counts": ("handler that counts", "quorum", 40_000, 200),
         "computes": ("handler that computes for 1 ms", "quorum", 4_000, 10),
-        "waits": ("handler that waits for 10 ms", "quorum", 1_000, 10),
+        "waits": ("handler that waits for 10 ms", "quorum", 500, 10),
     }
     cases = []
     for work, (name, kind, count, prefetch) in kinds.items():
