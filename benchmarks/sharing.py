@@ -60,7 +60,7 @@ def workloads(scale: float) -> list[Workload]:
                     at=Point(name, number),
                 )
             )
-    few, many = round(200 * scale), round(5_000 * scale)
+    few, many = round(200 * scale), round(3_000 * scale)
     default = "message_x()"
     pipeline = [
         Case(default, partial(_pipeline, False, 200, many, few)),
