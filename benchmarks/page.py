@@ -118,8 +118,8 @@ def _ratio(case: Mapping[str, Any]) -> list[str]:
     values = [next(iter(sample.values())) for sample in case["samples"] if sample]
     if not values:
         return ["", ""]
-    median = next(iter(case["medians"].values()))
-    return [number(median), f"{number(min(values))} to {number(max(values))}"]
+    figure, median = next(iter(case["medians"].items()))
+    return [f"{number(median)} {figure}", f"{number(min(values))} to {number(max(values))}"]
 
 
 def _verdict(case: Mapping[str, Any]) -> str:
