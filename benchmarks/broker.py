@@ -41,6 +41,7 @@ def conditions(url: str) -> dict[str, str]:
     return {
         "machine": f"{os.cpu_count()} cores, {_processor()}, load {os.getloadavg()[0]:.1f}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "postage": version("postage"),
         "pika": version("pika"),
         "simplejson": version("simplejson"),
         "broker": f"{_text(server, 'product')} {_text(server, 'version')}",

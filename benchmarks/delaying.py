@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from pika.channel import Channel
 
-from benchmarks import broker, embedded, raw
+from benchmarks import broker, cpu, embedded, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child, service
 from benchmarks.envelope import FINGERPRINT
@@ -52,8 +52,8 @@ def workloads(scale: float) -> list[Workload]:
     ]
     title = f"Delays of {SHORTEST:g} to {longest:g} s, messages sent at once"
     return [
-        Workload("delay", title, cases),
-        Workload("waiting", "CPU of a broker while messages wait an hour", idle),
+        Workload("delay", title, cases, rounds=1),
+        Workload("waiting", "CPU of a broker while messages wait an hour", idle, rounds=1),
     ]
 
 
@@ -79,15 +79,8 @@ def _cpu(url: str, pids: Collection[int], count: int, seconds: float) -> Sample:
 
 def _share(pids: Collection[int], seconds: float) -> float:
     """Return the CPU that processes take, in percent of a core."""
-
-    def spent() -> float:
-        times = [psutil.Process(pid).cpu_times() for pid in pids]
-        return sum(each.user + each.system for each in times)
-
     time.sleep(SETTLING)
-    before, began = spent(), time.monotonic()
-    time.sleep(seconds)
-    return 100 * (spent() - before) / (time.monotonic() - began)
+    return cpu.share([psutil.Process(pid) for pid in pids], seconds)
 
 
 def _send_for_an_hour(job: Job, count: int) -> None:

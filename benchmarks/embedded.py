@@ -60,8 +60,8 @@ def workloads(scale: float) -> list[Workload]:
     ]
     memory = [Case("embedded, 246 bytes of body", partial(_memory, backlog))]
     return [
-        Workload("broker", "Published with confirms and consumed by one client", cases),
-        Workload("memory", "Memory of messages that wait", memory),
+        Workload("broker", "Published with confirms and consumed by one client", cases, rounds=3),
+        Workload("memory", "Memory of messages that wait", memory, rounds=1),
     ]
 
 

@@ -7,20 +7,25 @@ Every figure is of a process of its own, which runs Python as its users do.
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import psutil
 
 from benchmarks import broker, ceiling, cpu
 from benchmarks.measuring import Case, Sample, Target, Workload
-from tests.programs import ROOT
+from benchmarks.peers import cases
+from benchmarks.peers.cases import Peer
+from tests.programs import ROOT, Program
 
 #: Seconds for which idle components are watched, after so many to settle.
 WATCHED, SETTLING = 20.0, 3.0
+#: Seconds that a component gets to start, and to end.
+DEADLINE_SECONDS = 60.0
 
 #: Prints the milliseconds that the statement in its argument takes.
 IMPORTING = """
@@ -65,13 +70,14 @@ channel.start_consuming()
 """
 
 
-def workloads(scale: float) -> list[Workload]:
+def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     """Return the workloads of this module.
 
     Args:
         scale: How long idle components are watched.
+        peers: Whose components are measured, too.
     """
-    watched = WATCHED * max(scale, 0.5)
+    watched = WATCHED * max(scale, 0.3)
     imports = [
         Case("import pika", partial(_importing, "import pika")),
         Case(
@@ -88,6 +94,7 @@ def workloads(scale: float) -> list[Workload]:
     start = [
         Case("plain pika", partial(_starting, PLAIN)),
         Case("GenericApplication", partial(_starting, COMPONENT), "plain pika"),
+        *(cases.start(peer, "plain pika") for peer in peers),
     ]
     memory = [
         Case("plain pika", partial(_keeping, PLAIN)),
@@ -96,6 +103,7 @@ def workloads(scale: float) -> list[Workload]:
             partial(_keeping, COMPONENT),
             target=Target(45, is_maximum=True),
         ),
+        *(cases.keep(peer) for peer in peers),
     ]
     idle = [
         Case("plain pika, 1", partial(_idle, PLAIN, 1, watched)),
@@ -110,9 +118,9 @@ def workloads(scale: float) -> list[Workload]:
     ]
     return [
         Workload("import", "Import, without the start of Python", imports),
-        Workload("start", "From the start of Python to the first message handled", start),
-        Workload("footprint", "Memory of an idle component", memory),
-        Workload("idle", "Processor time of idle components", idle, rounds=2),
+        Workload("start", "From the start of Python to the first message handled", start, rounds=3),
+        Workload("footprint", "Memory of an idle component", memory, rounds=3),
+        Workload("idle", "Processor time of idle components", idle, rounds=1),
     ]
 
 
@@ -155,15 +163,12 @@ def _idle(program: str, number: int, seconds: float, url: str) -> Sample:
 @contextlib.contextmanager
 def running(program: str, queue: str, url: str) -> Iterator[psutil.Process]:
     """Run a program that has handled a message, while the block runs."""
-    command = [sys.executable, "-c", program, queue, url]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with Program(["-c", program, queue, url], env={"POSTAGE_URL": url}) as component:
+        component.wait_for_line("handled", DEADLINE_SECONDS)
         try:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "handled":
-                raise RuntimeError("the component failed; it has said why")
-            yield psutil.Process(process.pid)
+            yield psutil.Process(component.pid)
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
+            component.terminate()
+            component.wait(DEADLINE_SECONDS)
+            with broker.channel(url) as channel:  # it stays a week, for the next on this host
+                channel.queue_delete(f"{queue}@{socket.gethostname()}")

@@ -64,24 +64,28 @@ def workloads(scale: float) -> list[Workload]:
             "Handlers of one processor",
             _curve("handling", HANDLERS, lambda n: partial(_handlers, count, n)),
             axis="handlers",
+            rounds=3,
         ),
         Workload(
             "bindings",
             "Bindings of one queue",
             _curve("handling", BINDINGS, lambda n: partial(_bindings, count, n)),
             axis="bindings",
+            rounds=3,
         ),
         Workload(
-            "targets",
+            "pairs",
             "Pairs that a message is sent to",
             _curve("publishing", TARGETS, lambda n: partial(_targets, count, n)),
             axis="pairs of exchange and key",
+            rounds=3,
         ),
         Workload(
             "inflight",
             "RPC, by calls in flight",
             _curve("calling", CALLS, lambda n: partial(_calls, round(5_000 * scale), n)),
             axis="calls in flight",
+            rounds=3,
         ),
         *_backlogs(scale),
     ]
@@ -128,9 +132,10 @@ def _sizes(scale: float) -> list[Workload]:
                 at=Point("MessageProcessor", size),
             ),
         ]
+    axis = "size of the body"
     return [
-        Workload("publish-sizes", "Publishing, by size of the body", publishing, "bytes", 3),
-        Workload("handle-sizes", "Handling, by size of the body", handling, "bytes", 3),
+        Workload("publish-sizes", f"Publishing, by {axis}", publishing, axis, rounds=3),
+        Workload("handle-sizes", f"Handling, by {axis}", handling, axis, rounds=3),
     ]
 
 

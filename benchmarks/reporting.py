@@ -68,26 +68,32 @@ def _range(spread: Spread, text: Any) -> str:
 
 
 def as_json(
-    conditions: Mapping[str, str], rounds: int, results: Mapping[str, Sequence[Result]]
+    conditions: Mapping[str, str], rounds: int, results: Sequence[tuple[Workload, Sequence[Result]]]
 ) -> dict[str, Any]:
     """Return everything, fit for JSON: workloads, their cases, and the samples of each."""
     return {
         "conditions": dict(conditions),
         "rounds": rounds,
         "workloads": {
-            name: [_case_as_json(result) for result in cases] for name, cases in results.items()
+            workload.name: {
+                "title": workload.title,
+                "axis": workload.axis,
+                "cases": [_case_as_json(result) for result in cases],
+            }
+            for workload, cases in results
         },
     }
 
 
 def _case_as_json(result: Result) -> dict[str, Any]:
-    ratio = result.ratio()
+    ratio, at = result.ratio(), result.case.at
     return {
         "case": result.case.name,
+        "point": [at.curve, at.x] if at else None,
         "samples": result.samples,
         "medians": {name: spread.median for name, spread in result.figures().items()},
         "against": result.case.against,
-        "ratio": ratio.median if ratio else None,
+        "ratio": [ratio.median, ratio.lowest, ratio.highest] if ratio else None,
         "target": str(result.case.target) if result.case.target else None,
         "met": result.is_met(),
     }

@@ -45,7 +45,7 @@ def workloads(scale: float) -> list[Workload]:
     kinds = {
         "counts": ("handler that counts", "quorum", 40_000, 200),
         "computes": ("handler that computes for 1 ms", "quorum", 4_000, 10),
-        "waits": ("handler that waits for 10 ms", "quorum", 1_000, 10),
+        "waits": ("handler that waits for 10 ms", "quorum", 500, 10),
     }
     cases = []
     for work, (name, kind, count, prefetch) in kinds.items():
@@ -60,7 +60,7 @@ def workloads(scale: float) -> list[Workload]:
                     at=Point(name, number),
                 )
             )
-    few, many = round(200 * scale), round(5_000 * scale)
+    few, many = round(200 * scale), round(3_000 * scale)
     default = "message_x()"
     pipeline = [
         Case(default, partial(_pipeline, False, 200, many, few)),

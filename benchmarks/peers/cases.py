@@ -86,7 +86,17 @@ PEERS = (
 )
 
 #: The workloads that have cases of the peers.
-WORKLOADS = {"batch", "single", "consume", "rpc", "rpc10", "rpc100", "rpc1000", "start"}
+WORKLOADS = {
+    "batch",
+    "single",
+    "consume",
+    "rpc",
+    "rpc10",
+    "rpc100",
+    "rpc1000",
+    "start",
+    "footprint",
+}
 
 
 def available() -> list[Peer]:
@@ -132,9 +142,7 @@ def _publish(peer: Peer, role: str, count: int, in_flight: int, url: str) -> Sam
 # -------------------------------------------------------------------------- consuming
 
 
-def consume(
-    peer: Peer, count: int, prefetch: int | None, *, fill: Callable[[Job], Sample]
-) -> Case:
+def consume(peer: Peer, count: int, prefetch: int | None, *, fill: Callable[[Job], Sample]) -> Case:
     """Return the case of messages that wait in a queue.
 
     Args:

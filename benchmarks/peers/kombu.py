@@ -114,9 +114,7 @@ class _Client:
         channel = connection.channel()
         self.producer = Producer(channel, serializer="json")
         self.callback_queue = Queue(str(uuid.uuid4()), exclusive=True, auto_delete=True)
-        consumer = Consumer(
-            channel, [self.callback_queue], callbacks=[self.replied], no_ack=True
-        )
+        consumer = Consumer(channel, [self.callback_queue], callbacks=[self.replied], no_ack=True)
         consumer.consume()
 
     def replied(self, body: Any, message: Any) -> None:
