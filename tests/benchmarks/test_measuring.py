@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.measuring import (
+    Beside,
     Case,
     Result,
     Sample,
@@ -98,6 +99,36 @@ def test_a_case_that_fails_leaves_the_others_alone(capsys: pytest.CaptureFixture
     assert [{"messages/s": 7.0}] == good.samples
     assert good.ratio() is None
     assert "no such peer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figure", "best", "ratio"), [("messages/s", "fast", 2.0), ("p50 ms", "slow", 4.0)]
+)
+def test_a_case_is_compared_with_the_best_of_others(figure: str, best: str, ratio: float) -> None:
+    """The most is the best of rates, and the least of times."""
+    cases = [
+        Case("mine", lambda _url: {figure: 40.0}, also=[Beside(["slow", "fast"], Target(3))]),
+        Case("slow", lambda _url: {figure: 10.0}),
+        Case("fast", lambda _url: {figure: 20.0}),
+    ]
+    results = run(Workload("work", "Work", cases), "", 1, lambda _text: None)
+    assert ["mine", f"mine, beside {best}", "slow", "fast"] == [each.case.name for each in results]
+    found = results[1].ratio()
+    assert found is not None
+    assert ratio == found.median
+    assert (ratio >= 3) == results[1].is_met()
+
+
+def test_a_case_is_not_compared_with_others_that_failed() -> None:
+    """Where all have failed, the comparison is left out."""
+
+    def fail(_url: str) -> Sample:
+        raise RuntimeError("no such peer")
+
+    mine = Case("mine", lambda _url: {"messages/s": 40.0}, also=[Beside(["theirs"], Target(3))])
+    workload = Workload("work", "Work", [mine, Case("theirs", fail)])
+    results = run(workload, "", 1, lambda _text: None)
+    assert ["mine", "theirs"] == [each.case.name for each in results]
 
 
 def test_the_essence_is_what_has_a_target_and_what_that_is_compared_with() -> None:

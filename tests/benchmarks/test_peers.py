@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The peers of the benchmarks: what pins them, their programs, and how they are compared.
+"""The peers of the benchmarks: what pins them, and their programs.
 
 Nothing is installed for these tests. A peer runs only where the benchmarks have installed it.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measuring import Beside, Case, Target, Workload, run
 from benchmarks.peers import cases, environments
 from benchmarks.peers.cases import PEERS, Peer
 from tests.programs import ROOT
@@ -115,50 +114,6 @@ def test_programs_of_peers_need_nothing_but_what_is_pinned_and_python(peer: Peer
     }
 
     assert set() == foreign
-
-
-def measured(name: str, value: float, figure: str, also: list[Beside] | None = None) -> Case:
-    """Return a case that always finds the same."""
-    return Case(name, lambda _url: {figure: value}, also=also or ())
-
-
-@pytest.mark.parametrize(
-    ("figure", "best", "ratio"), [("messages/s", "fast", 2.0), ("p50 ms", "slow", 4.0)]
-)
-def test_a_case_is_compared_with_the_best_of_others(figure: str, best: str, ratio: float) -> None:
-    """The most is the best of rates, and the least of times."""
-    workload = Workload(
-        "work",
-        "Work",
-        [
-            measured("ours", 40, figure, [Beside(["slow", "fast"], Target(3))]),
-            measured("slow", 10, figure),
-            measured("fast", 20, figure),
-        ],
-    )
-
-    results = run(workload, "", 1, lambda _text: None)
-
-    beside = results[1]
-    found = beside.ratio()
-    assert ["ours", f"ours, beside {best}", "slow", "fast"] == [r.case.name for r in results]
-    assert found is not None
-    assert ratio == found.median
-    assert (ratio >= 3) == beside.is_met()
-
-
-def test_a_case_is_not_compared_with_others_that_failed() -> None:
-    """Where all have failed, the comparison is left out."""
-
-    def fail(_url: str) -> dict[str, float]:
-        raise OSError("no peer")
-
-    ours = measured("ours", 40, "messages/s", [Beside(["theirs"], Target(3))])
-    workload = Workload("work", "Work", [ours, Case("theirs", fail)])
-
-    results = run(workload, "", 1, lambda _text: None)
-
-    assert ["ours", "theirs"] == [result.case.name for result in results]
 
 
 @pytest.mark.slow
