@@ -9,7 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import broker, calling, consuming, delaying, embedded, publishing, reporting
+from benchmarks import (
+    broker,
+    calling,
+    consuming,
+    delaying,
+    embedded,
+    prefetching,
+    publishing,
+    reporting,
+)
 from benchmarks.measuring import Result, Workload, run
 from benchmarks.peers import cases
 from benchmarks.peers.cases import Peer, available
@@ -86,6 +95,7 @@ def _workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
         *calling.workloads(scale, peers),
         *embedded.workloads(scale),
         *delaying.workloads(scale),
+        *prefetching.workloads(scale),
     ]
 
 
