@@ -20,6 +20,7 @@ from benchmarks import (
     footprint,
     growing,
     page,
+    prefetching,
     publishing,
     reporting,
     sharing,
@@ -147,6 +148,7 @@ def _workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
         *wide.workloads(scale),
         *embedded.workloads(scale),
         *delaying.workloads(scale),
+        *prefetching.workloads(scale),
     ]
 
 

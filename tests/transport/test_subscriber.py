@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,8 @@ from postage.errors import (
     TransportError,
 )
 from postage.generic_application import GenericApplication
+from postage.prefetch import DEFAULT as DEFAULT_PREFETCH
+from postage.prefetch import MOST
 from postage.settings import Settings
 from postage.topology import (
     Binding,
@@ -57,7 +60,7 @@ UID = Queue("uid", type="classic", dead_letter=None, exclusive_consumer=True).sp
 class Reader:
     """A subscriber, for as long as its ``with`` block lasts."""
 
-    def __init__(self, settings: Settings, prefetch: int = 10, **options: Any) -> None:
+    def __init__(self, settings: Settings, prefetch: int | None = 10, **options: Any) -> None:
         self.connection = connections.acquire(settings, "consume")
         self.subscriber = Subscriber(self.connection, prefetch, **options)
         self.hub = self.connection.hub
@@ -127,6 +130,12 @@ class Peer:
     def send(self, queue: str, *bodies: bytes, exchange: str = "") -> None:
         for body in bodies:
             self.channel.basic_publish(exchange, queue, body)
+
+    @contextlib.contextmanager
+    def unconfirmed(self) -> Iterator[Any]:
+        """Provide a channel for many messages."""
+        with self._connection.channel() as channel:
+            yield channel
 
     def send_numbers(self, queue: str, *numbers: int) -> None:
         self.send(queue, *[b"%d" % number for number in numbers])
@@ -401,6 +410,228 @@ def test_several_slow_starts_redeliver_nothing(
         assert [] == redelivered
         expected = {spec.name: 10 for spec in specs}
         wait_until(lambda: prefetches(node, settings) == expected)
+
+
+# ----------------------------------------------------------------- prefetch that adapts
+
+
+@pytest.fixture
+def work_takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have all work count as much or as little, however long it takes."""
+
+    def take(what: str) -> None:
+        ahead = {"long": 1e-12, "no time": 1e12}[what]
+        monkeypatch.setattr("postage.prefetch.AHEAD", ahead)
+
+    monkeypatch.setattr("postage.prefetch.RECOVERY", 0.0)
+    return take
+
+
+def work_until(reader: Reader, peer: Peer, queue: QueueSpec, prefetch: int) -> None:
+    """Send and handle messages, many of which wait, until there is a prefetch."""
+
+    def step() -> bool:
+        with peer.unconfirmed() as channel:
+            for number in range(5 * MOST):
+                channel.basic_publish("", queue.name, b"%d" % number)
+        reader.work(5 * MOST)
+        return reader.subscriber.health().prefetch == prefetch
+
+    wait_until(step)
+    reader.wait_for(lambda: reader.subscriber.consuming)
+
+
+@pytest.mark.parametrize("spec", [BOX, QUORUM], ids=["classic", "quorum"])
+def test_a_prefetch_adapts_to_what_messages_take_and_nothing_is_delivered_twice_or_late(
+    node: Node, settings: Settings, peer: Peer, work_takes: Callable[[str], None], spec: QueueSpec
+) -> None:
+    """Over many changes: a message that were on its way to a consumer that goes came again."""
+    seen: set[int] = set()
+    taken: list[Delivery] = []
+    with Reader(settings, prefetch=None) as reader:
+        reader.bind(spec)
+        peer.send_numbers(spec.name, *range(3000))
+        reader.consume(spec)
+        assert {spec.name: 1} == prefetches(node, settings)
+        for number in range(3000):
+            work_takes("no time" if number // 500 % 2 == 0 else "long")
+            [delivery] = reader.take()
+            taken.append(delivery)
+            reader.ack(delivery)
+            if number % 7 == 0 or not reader.subscriber.inbox:
+                reader.subscriber.flush()
+            seen.add(reader.subscriber.health().prefetch)
+        assert reader.subscriber.close(5.0)
+    assert [b"%d" % number for number in range(3000)] == [each.body for each in taken]
+    assert {False} == {each.redelivered for each in taken}
+    assert {1, 10, 100, MOST} == seen
+    assert 0 == peer.count(spec.name)
+
+
+def test_the_broker_is_told_of_a_prefetch_that_adapts(
+    node: Node, settings: Settings, peer: Peer, work_takes: Callable[[str], None]
+) -> None:
+    """Each queue has its own, and health shows the largest."""
+    with Reader(settings, prefetch=None) as reader:
+        for spec in (QUORUM, CRATE):
+            reader.bind(spec)
+        reader.consume(QUORUM, CRATE)
+        work_takes("no time")
+        work_until(reader, peer, QUORUM, MOST)
+        reader.wait_for(lambda: prefetches(node, settings) == {"quorum": MOST, "crate": 1})
+        work_takes("long")
+        work_until(reader, peer, QUORUM, 1)
+        reader.wait_for(lambda: prefetches(node, settings) == {"quorum": 1, "crate": 1})
+
+
+def test_a_prefetch_does_not_grow_on_messages_that_were_delivered_before(
+    node: Node, settings: Settings, peer: Peer, work_takes: Callable[[str], None]
+) -> None:
+    """One of them may be what ended the process; the broker counts it alone."""
+    work_takes("no time")
+    with Reader(settings) as earlier:
+        earlier.bind(QUORUM)
+        earlier.consume(QUORUM)
+        peer.send_numbers("quorum", *range(30))
+        earlier.work(1)
+        earlier.take(10)
+    with Reader(settings, prefetch=None) as reader:
+        reader.bind(QUORUM)
+        reader.consume(QUORUM)
+        for _ in range(10):
+            [delivery] = reader.take()
+            assert delivery.redelivered
+            assert {"quorum": 1} == prefetches(node, settings)
+            assert [] == list(reader.subscriber.inbox)
+            reader.ack(delivery)
+            reader.subscriber.flush()
+        [delivery] = reader.take()
+        assert not delivery.redelivered
+        reader.ack(delivery)
+        reader.take(10)
+        assert {"quorum": 10} == prefetches(node, settings)
+
+
+@pytest.mark.parametrize("spec", [BOX, QUORUM], ids=["classic", "quorum"])
+def test_what_waits_behind_a_message_that_takes_long_goes_to_an_idle_instance(
+    settings: Settings,
+    peer: Peer,
+    work_takes: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    spec: QueueSpec,
+) -> None:
+    """And no more comes until it is done, though the consumer counts as live."""
+    monkeypatch.setattr("postage.transport.subscriber.STALL", 0.2)
+    work_takes("no time")
+    with Reader(settings, prefetch=None) as slow, Reader(settings, prefetch=None) as idle:
+        for reader in (slow, idle):
+            reader.bind(spec)
+        slow.consume(spec)
+        work_until(slow, peer, spec, MOST)
+        peer.send_numbers(spec.name, *range(20))
+        [long] = slow.take()
+        idle.consume(spec)
+        assert [b"%d" % number for number in range(1, 20)] == idle.work(19)
+        assert [] == list(slow.subscriber.inbox)
+        assert slow.subscriber.health().is_healthy
+        idle.subscriber.stop()
+        idle.wait_for(idle.subscriber.stopped)
+        peer.send_numbers(spec.name, *range(20, 30))
+        wait_until(lambda: peer.count(spec.name) == 10)
+        assert [] == list(slow.subscriber.inbox)
+        slow.ack(long)
+        slow.subscriber.flush()
+        assert [b"%d" % number for number in range(20, 30)] == slow.work(10)
+
+
+def test_of_messages_that_nobody_handles_yet_the_first_stays(
+    settings: Settings,
+    peer: Peer,
+    work_takes: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another processor of the process takes long: when that is done, all goes on with this one."""
+    monkeypatch.setattr("postage.transport.subscriber.STALL", 0.2)
+    work_takes("no time")
+    with Reader(settings, prefetch=None) as reader:
+        reader.bind(QUORUM)
+        reader.consume(QUORUM)
+        work_until(reader, peer, QUORUM, MOST)
+        peer.send_numbers("quorum", *range(20))
+        reader.take(0)
+        reader.wait_for(lambda: len(reader.subscriber.inbox) == 20)
+        reader.wait_for(lambda: len(reader.subscriber.inbox) == 1)
+        wait_until(lambda: peer.count("quorum") == 19)
+        assert [b"%d" % number for number in range(20)] == reader.work(20)
+
+
+def test_messages_are_given_back_once_only(
+    settings: Settings,
+    peer: Peer,
+    work_takes: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The broker counts, and moves a message to the error queue that comes back too often."""
+    monkeypatch.setattr("postage.transport.subscriber.STALL", 0.05)
+    work_takes("no time")
+    with Reader(settings, prefetch=None) as reader:
+        reader.bind(QUORUM)
+        reader.consume(QUORUM)
+        work_until(reader, peer, QUORUM, MOST)
+        peer.send_numbers("quorum", *range(20))
+        for delivery in reader.take(20):
+            reader.subscriber.give_back(delivery)
+        reader.wait_for(lambda: len(reader.subscriber.inbox) == 20)
+        looks: list[int] = []
+        relieve = reader.subscriber._relieve
+
+        def look(channel: Any) -> None:
+            relieve(channel)
+            looks.append(len(reader.subscriber.inbox))
+
+        monkeypatch.setattr(reader.subscriber, "_relieve", look)
+        reader.wait_for(lambda: len(looks) == 10)
+        assert [20] * 10 == looks
+        assert [b"%d" % number for number in range(20)] == reader.work(20)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(BOX, auto_delete=True),
+        replace(BOX, exclusive_consumer=True),
+        Queue("single", single_active_consumer=True, delivery_limit=None).spec(),
+    ],
+    ids=["auto_delete", "exclusive consumer", "single active consumer"],
+)
+def test_a_consumer_whose_queue_would_not_wait_for_it_keeps_its_prefetch(
+    node: Node, settings: Settings, peer: Peer, work_takes: Callable[[str], None], spec: QueueSpec
+) -> None:
+    """It would be deleted with its last consumer, or go to another one."""
+    work_takes("no time")
+    with Reader(settings, prefetch=None) as reader:
+        reader.bind(spec)
+        reader.consume(spec)
+        peer.send_numbers(spec.name, *range(300))
+        reader.work(300)
+        assert {spec.name: DEFAULT_PREFETCH} == prefetches(node, settings)
+
+
+def test_handlers_that_let_others_run_fix_a_prefetch_that_adapts(
+    node: Node, settings: Settings, peer: Peer, work_takes: Callable[[str], None]
+) -> None:
+    """It is their number then, and as it always was."""
+    work_takes("no time")
+    with Reader(settings, prefetch=None) as reader:
+        reader.bind(QUORUM)
+        reader.consume(QUORUM)
+        peer.send_numbers("quorum", *range(30))
+        reader.take()
+        reader.subscriber.trust(QUORUM)
+        reader.ack(*reader.take(DEFAULT_PREFETCH))
+        reader.subscriber.flush()
+        reader.take(DEFAULT_PREFETCH)
+        assert {"quorum": DEFAULT_PREFETCH} == prefetches(node, settings)
 
 
 # ---------------------------------------------------------------------- settlements out
