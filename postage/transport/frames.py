@@ -13,6 +13,7 @@ pika would have made of the same bytes.
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any
 
@@ -22,6 +23,7 @@ from pika import data, frame, spec
 _METHOD, _HEADER, _BODY, _END = spec.FRAME_METHOD, spec.FRAME_HEADER, spec.FRAME_BODY, 0xCE
 #: Classes and methods, by the numbers that AMQP 0-9-1 gives them.
 _BASIC, _DELIVER, _ACK = spec.Basic.INDEX, spec.Basic.Deliver.INDEX, spec.Basic.Ack.INDEX
+_PUBLISH = spec.Basic.Publish.INDEX
 #: Bytes of a frame before its payload: type, channel and size.
 _HEAD_SIZE = 7
 
@@ -39,7 +41,15 @@ _next_head = struct.Struct(">BBHI")
 _ack = struct.Struct(">BHIIQBB")
 ACK_SIZE = _ack.size
 
+#: A header frame up to the properties: type, channel, size, class, weight, body size.
+_header = struct.Struct(">BHIHHQ")
+#: The start of Basic.Publish: type, channel, size, method, a reserved number.
+_publish = struct.Struct(">BHIIH")
+
+_flags = struct.Struct(">H")
+_octet = struct.Struct("B")
 _int32 = struct.Struct(">i")
+_int64 = struct.Struct(">q")
 _uint32 = struct.Struct(">I")
 _uint64 = struct.Struct(">Q")
 
@@ -63,11 +73,17 @@ _PROPERTIES = (
     ("cluster_id", _SHORT),
 )
 _WITHOUT: dict[str, Any] = dict.fromkeys(name for name, _kind in _PROPERTIES)
+_FLAGS = {name: (1 << (15 - bit), kind) for bit, (name, kind) in enumerate(_PROPERTIES)}
 
 #: Which properties follow, by the flags. Most producers have one or two of these.
 _present: dict[int, tuple[tuple[str, int], ...]] = {}
 #: How many combinations of flags are remembered.
 _PRESENT_LIMIT = 1_000
+#: How many pairs of exchange and key are kept encoded, for each channel and flag.
+_PAIRS = 1_000
+
+#: Each length of a short string, as it is written.
+_LENGTHS = tuple(bytes((length,)) for length in range(256))
 
 
 def end_of_frame(buffer: bytes, offset: int) -> int:
@@ -211,3 +227,114 @@ def _decode_table(buffer: bytes, offset: int) -> tuple[dict[str, Any], int]:
         else:
             table[name], offset = data.decode_value(buffer, offset)
     return table, offset
+
+
+# ------------------------------------------------------------------------- encoding
+
+
+def encode_ack(channel: int, delivery_tag: int, multiple: bool) -> bytes:
+    """Return the frame of Basic.Ack."""
+    size = ACK_SIZE - _HEAD_SIZE - 1
+    return _ack.pack(_METHOD, channel, size, _ACK, delivery_tag, bool(multiple), _END)
+
+
+def encode_message(
+    channel: int,
+    exchange: str,
+    key: str,
+    properties: bytes,
+    body: bytes,
+    mandatory: bool,
+    limit: int,
+) -> tuple[bytes, int]:
+    """Return all the frames of a message to be published, and how many there are.
+
+    Args:
+        channel: The channel's number.
+        exchange: The exchange's name.
+        key: The routing key.
+        properties: As `encode_properties()` returns them.
+        body: Bytes.
+        mandatory: Whether the broker returns it if it cannot be routed.
+        limit: Bytes that a body frame may hold.
+
+    Raises:
+        Exception: Of any kind: pika may know better.
+    """
+    method = _encode_publish(channel, exchange, key, bool(mandatory))
+    length = len(body)
+    header = _header.pack(_HEADER, channel, len(properties) + 12, _BASIC, 0, length)
+    pieces = [method, header, properties]
+    for start in range(0, length, limit):
+        part = body[start : start + limit] if length > limit else body
+        pieces += (_next_head.pack(_END, _BODY, channel, len(part)), part)
+    pieces.append(b"\xce")
+    return b"".join(pieces), len(pieces) // 2
+
+
+@functools.lru_cache(maxsize=_PAIRS)
+def _encode_publish(channel: int, exchange: str, key: str, mandatory: bool) -> bytes:
+    name, encoded = exchange.encode(), key.encode()
+    payload = b"".join((_LENGTHS[len(name)], name, _LENGTHS[len(encoded)], encoded))
+    head = _publish.pack(_METHOD, channel, len(payload) + 7, _PUBLISH, 0)
+    return b"".join((head, payload, b"\1\xce" if mandatory else b"\0\xce"))
+
+
+def encode_properties(properties: spec.BasicProperties | None) -> bytes:
+    """Return the flags and the properties of a message, as a header frame holds them.
+
+    Raises:
+        Exception: Whatever pika raises: a value has no AMQP form, or a string is too long.
+    """
+    if properties is None:
+        return b"\0\0"
+    if type(properties) is spec.BasicProperties:
+        try:
+            return _encode_properties(vars(properties))
+        except Exception:  # pika may know better, or says what is wrong
+            pass
+    return b"".join(properties.encode())
+
+
+def _encode_properties(values: dict[str, Any]) -> bytes:
+    flags, before = 0, 1 << 16
+    pieces = [b""]
+    for name, value in values.items():
+        if value is None:
+            continue
+        flag, kind = _FLAGS[name]
+        if flag > before:
+            raise ValueError("not in their order")
+        before = flag
+        flags |= flag
+        if kind == _SHORT:
+            encoded = value.encode()
+            pieces += (_LENGTHS[len(encoded)], encoded)
+        elif kind == _OCTET:
+            pieces.append(_octet.pack(value))
+        elif kind == _TIMESTAMP:
+            pieces.append(_uint64.pack(value))
+        else:
+            table = _encode_table(value)
+            pieces += (_uint32.pack(len(table)), table)
+    pieces[0] = _flags.pack(flags)
+    return b"".join(pieces)
+
+
+def _encode_table(table: dict[str, Any]) -> bytes:
+    pieces: list[bytes] = []
+    for name, value in table.items():
+        encoded = name.encode()
+        pieces += (_LENGTHS[len(encoded)], encoded)
+        kind = type(value)
+        if kind is str:
+            encoded = value.encode()
+            pieces += (b"S", _uint32.pack(len(encoded)), encoded)
+        elif kind is bool:
+            pieces.append(b"t\1" if value else b"t\0")
+        elif kind is int:
+            is_small = -(2**31) <= value < 2**31
+            pieces += (b"I", _int32.pack(value)) if is_small else (b"l", _int64.pack(value))
+        else:
+            data.encode_value(pieces, value)
+    return b"".join(pieces)

@@ -13,6 +13,7 @@ which a test says of each version; if not, a `Wire` is a plain connection of pik
 
 from __future__ import annotations
 
+import collections
 import types
 from collections.abc import Callable
 from typing import Any
@@ -28,26 +29,121 @@ from postage.transport import frames
 #: one message in nine is cut in two, and each round ends with a read in vain.
 READ_SIZE = 131_072
 #: What a connection of pika has, beside its methods.
-_ATTRIBUTES = ("_channels", "callbacks", "bytes_received", "frames_received")
+_ATTRIBUTES = (
+    *("_channels", "callbacks", "bytes_received", "frames_received"),
+    *("_adapter_emit_data", "_body_max_length", "bytes_sent", "frames_sent"),
+)
+#: Bytes that are written to the socket at once, if so many wait.
+WRITE_SIZE = 65_536
+#: Bytes that a transport gets as one entry. It copies what is left of one that it sent in part.
+PORTION = 131_072
+
+
+class Outgoing(collections.deque[bytes]):
+    """What a transport has to send.
+
+    pika's transport sends the entry in front, takes it out, and puts back what the socket did
+    not take. Many small entries are one here when it looks. One that it has tried before only
+    grows, as TLS demands (OpenSSL, SSL_write: a retry has the same bytes and no fewer).
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        front = super().__getitem__(index)
+        if index == 0 and len(self) > 1 and len(front) < WRITE_SIZE:
+            size, parts = 0, []
+            while self and size < WRITE_SIZE:
+                parts.append(self.popleft())
+                size += len(parts[-1])
+            front = b"".join(parts)
+            self.appendleft(front)
+        return front
+
+
+class WireChannel(Channel):
+    """A channel of pika that writes messages and acknowledgements in one step each."""
+
+    connection: Wire
+
+    def basic_publish(
+        self,
+        exchange: str,
+        routing_key: str,
+        body: bytes,
+        properties: pika.BasicProperties | bytes | None = None,
+        mandatory: bool = False,
+    ) -> None:
+        """Publish, as in pika.
+
+        Args:
+            properties: They may be encoded already, by `frames.encode_properties()`: once for
+                a message that goes to many addresses.
+        """
+        message = self._encoded(exchange, routing_key, body, properties, mandatory)
+        if message is not None:
+            self.connection.emit(*message)
+            return
+        if isinstance(properties, bytes):
+            decoded = pika.BasicProperties()
+            decoded.decode(properties)
+            properties = decoded
+        super().basic_publish(exchange, routing_key, body, properties, mandatory)
+
+    def _encoded(
+        self, exchange: str, key: str, body: bytes, properties: Any, mandatory: bool
+    ) -> tuple[bytes, int] | None:
+        connection = self.connection
+        if not (self.is_open and connection.fits):
+            return None
+        try:
+            if not isinstance(properties, bytes):
+                properties = frames.encode_properties(properties)
+            limit = connection._body_max_length
+            return frames.encode_message(
+                self.channel_number, exchange, key, properties, body, mandatory, limit
+            )
+        except Exception:  # pika knows better, or says what is wrong
+            return None
+
+    def basic_ack(self, delivery_tag: int = 0, multiple: bool = False) -> None:
+        """Acknowledge, as in pika."""
+        if not (self.is_open and self.connection.fits):
+            super().basic_ack(delivery_tag, multiple)
+            return
+        self.connection.emit(frames.encode_ack(self.channel_number, delivery_tag, multiple), 1)
 
 
 class Wire(pika.SelectConnection):
-    """A connection of pika that takes deliveries and confirms in one step each."""
+    """A connection of pika that reads deliveries and confirms in one step each."""
 
     def __init__(self, *args: Any, **kwds: Any) -> None:
         self._parts: list[bytes] = []  # of a frame that is not whole
         self._lacking = 0  # bytes until it is
-        self._fits = False
+        self.fits = False
         super().__init__(*args, **kwds)
 
     def _proto_connection_made(self, transport: Any) -> None:
-        self._fits = FITS and all(hasattr(self, each) for each in _ATTRIBUTES)
+        self.fits = FITS and all(hasattr(self, each) for each in _ATTRIBUTES)
         transport._MAX_RECV_BYTES = READ_SIZE
+        if type(getattr(transport, "_tx_buffers", None)) is collections.deque:
+            transport._tx_buffers = Outgoing(transport._tx_buffers)
         super()._proto_connection_made(transport)
+
+    def _create_channel(self, channel_number: int, on_open_callback: Any) -> Channel:
+        return WireChannel(self, channel_number, on_open_callback)
+
+    def emit(self, data: bytes, count: int) -> None:
+        """Write the bytes of some frames, as soon as possible."""
+        self.bytes_sent += len(data)
+        self.frames_sent += count
+        if len(data) <= PORTION:
+            self._adapter_emit_data(data)
+            return
+        for start in range(0, len(data), PORTION):
+            self._adapter_emit_data(data[start : start + PORTION])
 
     def _on_data_available(self, data_in: bytes) -> None:
         """Take what the socket gave. Called by pika's transport."""
-        if not self._fits:
+        if not self.fits:
             super()._on_data_available(data_in)
             return
         buffer = data_in

@@ -252,11 +252,10 @@ def test_this_pika_is_built_as_the_short_way_expects() -> None:
     assert wire.FITS
     peer = Peer(Wire)
     try:
-        assert peer.connection._fits  # type: ignore[attr-defined]
+        assert peer.connection.fits  # type: ignore[attr-defined]
     finally:
         peer.close()
-    for each in ("_MAX_RECV_BYTES", "_MAX_CONSUME_BYTES"):
-        assert hasattr(io_services_utils._AsyncTransportBase, each)
+    assert hasattr(io_services_utils._AsyncTransportBase, "_MAX_RECV_BYTES")
 
 
 @settings(deadline=None, max_examples=150)
@@ -376,3 +375,170 @@ def test_a_pika_that_is_built_otherwise_is_noticed(
     """Whatever of its private parts has changed."""
     monkeypatch.setattr(*change)
     assert not wire._fits()
+
+
+# ------------------------------------------------------------------------- publishing
+
+anything = st.one_of(shorts, st.none(), st.integers(), st.binary(max_size=5), st.text(min_size=200))
+bad_properties = st.builds(
+    pika.BasicProperties,
+    **{
+        name: st.one_of(st.none(), anything, st.dictionaries(anything, anything, max_size=2))
+        for name in vars(pika.BasicProperties())
+    },
+)
+publishings = st.tuples(
+    st.one_of(shorts, shorts, anything),
+    st.one_of(shorts, shorts, anything),
+    st.one_of(bodies, bodies, texts),
+    st.one_of(st.none(), properties, properties, bad_properties),
+    st.booleans(),
+)
+
+
+def written(
+    make: Callable[..., pika.SelectConnection], writes: Iterable[Callable[[Peer], Any]]
+) -> list[Any]:
+    """Return what a connection sends, and what it raises meanwhile."""
+    peer = Peer(make)
+    try:
+        errors = []
+        for write in writes:
+            try:
+                write(peer)
+            except Exception as error:
+                errors.append((type(error), str(error)))
+        connection = peer.connection
+        return [b"".join(peer.sent), connection.bytes_sent, connection.frames_sent, errors]
+    finally:
+        peer.close()
+
+
+def publishing(*what: Any) -> Callable[[Peer], None]:
+    """Return a publishing, to be done on a peer."""
+    return lambda peer: peer.channels[0].basic_publish(*what)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(publishings, max_size=5))
+def test_what_is_published_has_the_bytes_that_pika_would_send(some: list[Any]) -> None:
+    """Or the error that pika raises, and then nothing is sent."""
+    writes = [publishing(*each) for each in some]
+    expected, got = written(pika.SelectConnection, writes), written(Wire, writes)
+    assert expected == got
+
+
+@settings(deadline=None, max_examples=100)
+@given(shorts, shorts, bodies, properties, st.booleans())
+def test_properties_may_be_encoded_before(
+    exchange: str, key: str, body: bytes, some: pika.BasicProperties, mandatory: bool
+) -> None:
+    """Once for a message that goes to many addresses."""
+    encoded = frames.encode_properties(some)
+    expected = written(pika.SelectConnection, [publishing(exchange, key, body, some, mandatory)])
+    assert expected == written(Wire, [publishing(exchange, key, body, encoded, mandatory)])
+
+
+@pytest.mark.parametrize("length", [131_063, 131_064, 131_065, 262_128, 262_129, 1_000_000])
+def test_a_large_body_is_published_in_frames_of_the_agreed_size(length: int) -> None:
+    """131,072 bytes, of which a frame itself takes 8."""
+    writes = [publishing("", "key", bytes(length), None, True)]
+    assert written(pika.SelectConnection, writes) == written(Wire, writes)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.one_of(tags, st.integers(), texts), st.one_of(st.booleans(), st.none(), st.integers()))
+def test_an_acknowledgement_has_the_bytes_that_pika_would_send(tag: Any, multiple: Any) -> None:
+    """Or is refused as by pika."""
+    writes = [lambda peer: peer.channels[0].basic_ack(tag, multiple)]
+    (*expected, errors), (*got, our_errors) = (
+        written(make, writes) for make in (pika.SelectConnection, Wire)
+    )
+    assert expected == got
+    assert [kind for kind, _text in errors] == [kind for kind, _text in our_errors]
+
+
+def closed_by_broker(peer: Peer) -> None:
+    peer.answer(CHANNEL, spec.Channel.Close(404, "NOT_FOUND", 0, 0))
+
+
+@pytest.mark.parametrize(
+    "close",
+    [
+        lambda peer: peer.channels[0].close(),
+        closed_by_broker,
+        lambda peer: peer.connection.close(),
+        lambda peer: peer.connection._on_stream_terminated(ValueError("lost")),
+    ],
+    ids=["by us", "by the broker", "with the connection", "by a loss"],
+)
+def test_a_channel_that_is_not_open_refuses_as_in_pika(close: Callable[[Peer], None]) -> None:
+    """While it closes, and when it is closed."""
+    writes = [
+        close,
+        publishing("", "key", b"body", None, False),
+        lambda peer: peer.channels[0].basic_ack(1),
+    ]
+    expected, got = written(pika.SelectConnection, writes), written(Wire, writes)
+    assert expected == got
+    assert 2 == len(got[-1])
+    writes[1] = publishing("", "key", b"body", b"\0\0", False)
+    assert got == written(Wire, writes)
+
+
+def test_without_the_seams_messages_are_published_the_way_of_pika(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those with properties that were encoded before."""
+    some = pika.BasicProperties(headers={"a": 1}, app_id="name")
+    encoded = frames.encode_properties(some)
+    monkeypatch.setattr(wire, "FITS", False)
+    monkeypatch.setattr(frames, "encode_message", None)
+    monkeypatch.setattr(frames, "encode_ack", None)
+    publish = publishing("", "key", b"body", some, True)
+    ack = lambda peer: peer.channels[0].basic_ack(1, True)  # noqa: E731
+    expected = written(pika.SelectConnection, [publish, publish, ack])
+    assert expected == written(Wire, [publish, publishing("", "key", b"body", encoded, True), ack])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=100),
+            st.integers(1, 200_000).map(lambda length: b"x" * length),
+            st.none(),
+            st.integers(0, 100_000),
+        ),
+        max_size=30,
+    )
+)
+def test_what_waits_is_sent_in_order_and_a_retry_never_shrinks(steps: list[Any]) -> None:
+    """Whatever the socket takes of it: None is nothing, a number is so many bytes."""
+    outgoing = wire.Outgoing()
+    put, sent = b"", b""
+    tried: bytes = b""
+    for step in steps:
+        if isinstance(step, bytes):
+            outgoing.append(step)
+            put += step
+        elif outgoing:
+            front = outgoing[0]
+            assert front.startswith(tried)
+            tried = front
+            if step:  # as pika's transport does
+                chunk = outgoing.popleft()
+                assert front is chunk
+                sent += chunk[:step]
+                if step < len(chunk):
+                    outgoing.appendleft(chunk[step:])
+                tried = b""
+    assert put == sent + b"".join(outgoing)
+
+
+def test_many_small_entries_are_sent_as_one() -> None:
+    """And no more of them than `WRITE_SIZE`, or one that is larger."""
+    outgoing = wire.Outgoing([b"x" * 100] * 1000)
+    assert wire.WRITE_SIZE <= len(outgoing[0]) < wire.WRITE_SIZE + 100
+    assert len(outgoing[0]) == len(outgoing.popleft())
+    assert 100_000 - wire.WRITE_SIZE >= len(outgoing[0]) > 0
