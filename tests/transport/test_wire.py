@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import logging
+import ssl
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,7 +23,15 @@ from pika.channel import Channel
 
 from postage.transport import frames, wire
 from postage.transport.wire import Wire
+from tests.certificates import Certificates
+from tests.rabbitmq_node import HOST
+from tests.transport.test_tls import TlsNode, certificates
+from tests.transport.test_tls import node as tls_node
 
+__all__ = ["certificates", "tls_node"]  # fixtures
+
+#: Seconds after which messages that have to come count as missing.
+DEADLINE = 60.0
 CHANNEL, OTHER_CHANNEL, NO_CHANNEL = 1, 2, 9
 TAG, CANCELLED, NO_TAG = "postage-1-queue", "cancelled", "nobody's"
 
@@ -542,3 +551,77 @@ def test_many_small_entries_are_sent_as_one() -> None:
     assert wire.WRITE_SIZE <= len(outgoing[0]) < wire.WRITE_SIZE + 100
     assert len(outgoing[0]) == len(outgoing.popleft())
     assert 100_000 - wire.WRITE_SIZE >= len(outgoing[0]) > 0
+
+
+# ------------------------------------------------------------------------- on a broker
+
+
+def exchanged(parameters: pika.connection.Parameters, bodies: list[bytes]) -> list[bytes]:
+    """Publish messages in one go, consume them, and return them when all are confirmed."""
+    got: list[bytes] = []
+    confirmed: list[int] = []
+    ended: list[Any] = []
+
+    def look() -> None:
+        if len(got) == len(bodies) and confirmed and confirmed[-1] == len(bodies):
+            connection.close()
+
+    def deliver(channel: Channel, method: Any, _properties: Any, body: bytes) -> None:
+        got.append(body)
+        channel.basic_ack(method.delivery_tag)
+        look()
+
+    def confirm(ok: Any) -> None:
+        confirmed.append(ok.method.delivery_tag)
+        look()
+
+    def opened(channel: Channel) -> None:
+        channel.confirm_delivery(confirm)
+        channel.queue_declare("letters")
+        channel.basic_consume("letters", deliver)
+        for body in bodies:
+            channel.basic_publish("", "letters", body, pika.BasicProperties(headers={"a": 1}))
+
+    def closed(_connection: Any, reason: BaseException) -> None:
+        ended.append(reason)
+        loop.stop()
+
+    loop = IOLoop()
+    connection = Wire(
+        parameters,
+        custom_ioloop=loop,
+        on_open_callback=lambda connection: connection.channel(on_open_callback=opened),
+        on_open_error_callback=closed,
+        on_close_callback=closed,
+    )
+    assert connection.fits is False  # until there is a transport
+    connection._adapter_call_later(DEADLINE, lambda: connection._terminate_stream(TimeoutError()))
+    loop.start()
+    loop.close()
+    assert connection.fits
+    assert [pika.exceptions.ConnectionClosedByClient] == [type(each) for each in ended]
+    return got
+
+
+def bodies_of_all_sizes() -> list[bytes]:
+    """More than a socket takes at once: small ones in mass, and some of many frames."""
+    sizes = [*range(2000), 70_000, 131_064, 5, 131_065, 1_000_000, *range(300), 10_000_000, 1, 0]
+    return [bytes([size % 251]) * size for size in sizes]
+
+
+def test_messages_of_all_sizes_go_to_a_broker_and_back(broker_url: str) -> None:
+    """Though the socket takes a part of them at a time."""
+    bodies = bodies_of_all_sizes()
+    assert bodies == exchanged(pika.URLParameters(broker_url), bodies)
+
+
+@pytest.mark.rabbitmq
+def test_messages_of_all_sizes_go_to_a_broker_and_back_over_tls(
+    tls_node: TlsNode, certificates: Certificates
+) -> None:
+    """OpenSSL wants what it did not take again, with nothing missing."""
+    bodies = bodies_of_all_sizes()
+    parameters = pika.URLParameters(tls_node.tls_url())
+    context = ssl.create_default_context(cafile=certificates.pem("ca"))
+    parameters.ssl_options = pika.SSLOptions(context, server_hostname=HOST)
+    assert bodies == exchanged(parameters, bodies)
