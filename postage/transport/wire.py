@@ -5,7 +5,8 @@ Under load nearly all that a connection reads are deliveries and confirms. `Wire
 straight from what the socket gave (see `postage.transport.frames`) and calls who consumes, as
 pika would at the end of its own, longer way. Whatever else comes, comes in pieces, or is not as
 it should be, goes pika's way, frame by frame and in order: so a message that is half put
-together stays with pika, and all errors are pika's.
+together stays with pika, and all errors are pika's. In the same way `WireChannel` encodes what
+is published and acknowledged, and leaves to pika what it cannot.
 
 pika has no public way to do that. `FITS` tells whether it is built as this module expects,
 which a test says of each version; if not, a `Wire` is a plain connection of pika.
@@ -25,8 +26,8 @@ from pika.channel import Channel
 
 from postage.transport import frames
 
-#: Bytes that are read from the socket at once. pika reads 4096 until nothing is left, so that
-#: one message in nine is cut in two, and each round ends with a read in vain.
+#: Bytes that are read from the socket at once. Of 4096, as in pika, one small message in nine
+#: is cut in two.
 READ_SIZE = 131_072
 #: What a connection of pika has, beside its methods.
 _ATTRIBUTES = (
@@ -212,7 +213,7 @@ def _listener(callbacks: Any, ack: Any) -> Callable[[Any], None] | None:
 
 
 def _fits() -> bool:
-    """Try on what `Wire` relies on: a delivery and a confirm that pika and we treat alike."""
+    """Try what `Wire` relies on: messages and confirms that pika and we treat alike."""
     seen: list[Any] = []
     try:
         connection = types.SimpleNamespace(callbacks=callback.CallbackManager())
@@ -228,10 +229,15 @@ def _fits() -> bool:
             pika_frames.Body(1, b"body"),
         )
         message = b"".join(part.marshal() for part in parts)
+        publish = pika_frames.Method(1, spec.Basic.Publish(0, "", "key", True))
+        published = b"".join(part.marshal() for part in (publish, *parts[1:]))
+        encoded = frames.encode_properties(properties)
         expected = (len(message), 1, deliver, properties, b"body")
         return (
             frames.decode_delivery(message, 0) == expected
             and frames.decode_ack(ack.marshal(), 0) == ack
+            and frames.encode_message(1, "", "key", encoded, b"body", True, 4) == (published, 3)
+            and frames.encode_ack(1, 1, True) == ack.marshal()
             and _consumer(channel, "tag") == _listener(connection.callbacks, ack) == seen.append
         )
     except Exception:

@@ -375,8 +375,9 @@ def test_without_the_seams_everything_goes_the_way_of_pika(
         (Channel, "__init__", lambda self, *_args: None),
         (spec.Basic.Deliver, "__init__", lambda self, *args: vars(self).update(args=args)),
         (CallbackManager, "add", lambda *_args: None),
+        (spec.Basic.Publish, "encode", lambda _self: [b"new"]),
     ],
-    ids=["a channel", "a method", "the callbacks"],
+    ids=["a channel", "a method", "the callbacks", "the encoding"],
 )
 def test_a_pika_that_is_built_otherwise_is_noticed(
     monkeypatch: pytest.MonkeyPatch, change: tuple[Any, str, Any]
