@@ -216,16 +216,19 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
     def _slice(self) -> Any:
         """Handle messages for a moment, and return what to wait for, if for anything.
 
-        Other microthreads wait for `SLICE` seconds and one handler at most, as long as they
-        would for a handler of that length; a turn of the scheduler costs as much as a short one.
+        Other microthreads wait for `SLICE` seconds and one handler at most, as they would for a
+        handler of that length; a turn of the scheduler costs as much as a short handler.
         """
         end = time.monotonic() + SLICE
-        while True:
+        wanted = self.step()
+        while wanted is None and self._may_go_on() and time.monotonic() < end:
             wanted = self.step()
-            if wanted is not None or self._stopping or self._farewell is not None or self._ended:
-                return wanted
-            if time.monotonic() >= end or (self.scheduler is not None and self.scheduler.shutdown):
-                return None
+        return wanted
+
+    def _may_go_on(self) -> bool:
+        leaving = self._stopping or self._ended or self._farewell is not None
+        shutdown = self.scheduler is not None and self.scheduler.shutdown
+        return not leaving and not shutdown and bool(self.consumer.subscriber.inbox)
 
     def step(self) -> Any:
         """Handle one message, or return the inbox to wait for."""

@@ -1573,13 +1573,13 @@ def test_a_handler_is_looked_up_and_not_searched(count: int) -> None:
 def test_messages_are_handled_for_a_moment_before_others_have_their_turn(
     broker_url: str, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
-    """Until the moment is over, or there is something to wait for."""
-    taken: list[None] = []
-    with Logging() as own:
-        monkeypatch.setattr(processors, "SLICE", seconds)
-        monkeypatch.setattr(own, "step", lambda: taken.append(None) or len(taken) == 10 or None)
-        own._slice()
-        assert steps == len(taken)
+    """Until the moment is over, or there is none left."""
+    with Logging() as own, monkeypatch.context() as patch:
+        patch.setattr(processors, "SLICE", seconds)
+        patch.setattr(own.consumer.subscriber, "inbox", [None] * 10)
+        patch.setattr(own, "step", own.consumer.subscriber.inbox.pop)
+        assert own._slice() is None
+        assert 10 - steps == len(own.consumer.subscriber.inbox)
 
 
 def test_nothing_is_handled_after_the_message_that_says_to_leave(

@@ -860,10 +860,10 @@ def check_fork(connection: Connection, what: str) -> None:
     Raises:
         ForkedError: It does.
     """
-    if connection.hub.pid != os.getpid():
+    if connection.hub.pid != hubs.process_id:
         raise ForkedError(
             f"{what} was made in process {connection.hub.pid} and is used in its child "
-            f"{os.getpid()}: make it after the fork"
+            f"{hubs.process_id}: make it after the fork"
         )
 
 

@@ -728,6 +728,9 @@ def _never() -> bool:
 
 # ------------------------------------------------------------- one hub for the process
 
+#: The id of this process, without a system call for each message.
+process_id = os.getpid()
+
 _process_lock = threading.RLock()
 _process_hub: Hub | None = None
 _process_users = 0
@@ -775,7 +778,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _process_hub, _process_users, _process_lock
+    global _process_hub, _process_users, _process_lock, process_id
+    process_id = os.getpid()
     _process_lock = threading.RLock()
     if _process_hub is not None:
         _process_hub._disown()

@@ -125,6 +125,8 @@ class Wire(pika.SelectConnection):
     def _proto_connection_made(self, transport: Any) -> None:
         self.fits = FITS and all(hasattr(self, each) for each in _ATTRIBUTES)
         transport._MAX_RECV_BYTES = READ_SIZE
+        if self.params.ssl_options is None:  # with TLS bytes may wait where no poll sees them
+            transport._MAX_CONSUME_BYTES = 1  # one read an event: a poll tells if there is more
         if type(getattr(transport, "_tx_buffers", None)) is collections.deque:
             transport._tx_buffers = Outgoing(transport._tx_buffers)
         super()._proto_connection_made(transport)

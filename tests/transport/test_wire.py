@@ -265,6 +265,7 @@ def test_this_pika_is_built_as_the_short_way_expects() -> None:
     finally:
         peer.close()
     assert hasattr(io_services_utils._AsyncTransportBase, "_MAX_RECV_BYTES")
+    assert hasattr(io_services_utils._AsyncTransportBase, "_MAX_CONSUME_BYTES")
 
 
 @settings(deadline=None, max_examples=150)
