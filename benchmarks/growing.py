@@ -374,7 +374,7 @@ def _backlogs(scale: float) -> list[Workload]:
         work = partial(partial, _backlog, kind, counts[0])
         cases += _curve(kind, counts, work)
     title = f"The first {counts[0]:,} of the messages that wait"
-    return [Workload("backlog", title, cases, axis="messages in the queue", rounds=2)]
+    return [Workload("backlog", title, cases, axis="messages in the queue", rounds=1)]
 
 
 def _backlog(kind: str, count: int, backlog: int, url: str) -> Sample:

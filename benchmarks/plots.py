@@ -128,6 +128,7 @@ def _bars(workloads: Mapping[str, Any]) -> Any:
         colours = [KINDS[kind_of(case)] for case, _value in bars]
         places = range(len(bars), 0, -1)
         panel.barh(places, values, color=colours, height=0.72)
+        panel.margins(y=0.02)
         panel.set_yticks(places, [case for case, _value in bars])
         if max(values) / min(values) > WIDE:
             panel.set_xscale("log")

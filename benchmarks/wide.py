@@ -25,8 +25,12 @@ from tests.rabbitmq_node import RabbitNode
 PREFETCH = 200
 QUEUES = (1, 10, 100)
 
-#: Erlang: the bytes that the broker has asked for, without garbage.
-MEMORY = "[garbage_collect(P) || P <- processes()], erlang:memory(total)."
+#: Erlang: the bytes of processes and tables, without garbage, and those of binaries: among them
+#: is a buffer for each connection, as large as the kernel's and hardly touched.
+MEMORY = (
+    "[garbage_collect(P) || P <- processes()], "
+    "{erlang:memory(processes) + erlang:memory(ets), erlang:memory(binary)}."
+)
 
 
 def workloads(scale: float) -> list[Workload]:
@@ -140,20 +144,14 @@ def _memory(
         before = _used(node)
         with more(node.url, count):
             pairs = zip(_used(node), before, strict=True)
-            resident, allocated = ((after - b) / count / 1024 for after, b in pairs)
-            return {"resident KiB": resident, "allocated KiB": allocated}
+            used, buffers = ((after - b) / count / 1024 for after, b in pairs)
+            return {"KiB": used, "KiB of buffers": buffers}
 
 
 def _used(node: RabbitNode) -> tuple[int, int]:
-    """Return the bytes that a node has in memory, and those that it has asked for.
-
-    It asks for a buffer as large as the kernel's for each connection, and hardly touches it.
-    """
-    allocated = int(node.ctl("eval", MEMORY))
-    server = cpu.listener(node.url)
-    if server is None:
-        raise RuntimeError("the process of the node cannot be found")
-    return server.memory_info().rss, allocated
+    """Return the bytes of a node's processes and tables, and those of its buffers."""
+    used, buffers = map(int, node.ctl("eval", MEMORY).strip("{}\n").split(","))
+    return used, buffers
 
 
 @contextlib.contextmanager
