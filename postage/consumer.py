@@ -287,14 +287,17 @@ class GenericConsumer:
     def take(self) -> Delivery | None:
         """Return the next delivery that can still be settled, or None if there is none."""
         self._check_fork()  # a child finds copies of its parent's deliveries
-        while True:
+        subscriber = self.subscriber
+        inbox = subscriber.inbox
+        while inbox:
             try:
-                delivery = self.subscriber.inbox.popleft()
-            except IndexError:
-                return None
-            if self.subscriber.is_current(delivery):
+                delivery = inbox.popleft()
+            except IndexError:  # the leader was faster, and gave it back
+                break
+            if subscriber.is_current(delivery):
                 logger.debug("< %s from %r", delivery.body, delivery.queue.name)
                 return delivery
+        return None
 
     def ack(self, method: Delivery) -> None:
         """Tell the broker that a message is done."""
@@ -476,7 +479,8 @@ class GenericConsumer:
         self._check_fork()
 
     def _check_fork(self) -> None:
-        connections.check_fork(self._connection, type(self).__name__)
+        if self._connection.hub.pid != os.getpid():  # asked for each message: see check_fork()
+            connections.check_fork(self._connection, type(self).__name__)
 
 
 def _warn_of_pid(name: str) -> None:

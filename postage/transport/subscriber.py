@@ -707,8 +707,9 @@ class Subscriber:
         others: dict[int, Settlement] = {}
         touched: dict[_Consumer, int] = {}  # and how many of their present term
         unsettled, acked, number = self._unsettled, self._acked, self._channel_number
-        while self._decided:
-            delivery, settlement = self._decided.popleft()
+        decided, ack = self._decided, Settlement.ACK
+        while decided:
+            delivery, settlement = decided.popleft()
             tag = delivery.delivery_tag
             if delivery.channel_number != number or tag not in unsettled:
                 continue  # stale: the broker has given it to somebody else
@@ -716,7 +717,7 @@ class Subscriber:
                 continue  # the first word counts: a second one would close the channel (406)
             consumer = delivery.source
             touched[consumer] = touched.get(consumer, 0) + (tag > consumer.after)
-            if settlement is Settlement.ACK:
+            if settlement is ack:
                 acked.add(tag)
             else:
                 others[tag] = settlement
@@ -731,12 +732,15 @@ class Subscriber:
         for tag, settlement in others.items():
             channel.basic_nack(tag, requeue=settlement is Settlement.REQUEUE)
             unsettled.pop(tag, None)
-        if acked:
+        if acked and len(acked) == len(unsettled):  # the usual case: all that has come
+            channel.basic_ack(next(reversed(unsettled)), len(acked) > 1)
+            unsettled.clear()
+        elif acked:
             for tag, multiple in coalesced(list(unsettled), acked):
                 channel.basic_ack(tag, multiple)
             for tag in acked:
-                unsettled.pop(tag, None)
-            acked.clear()
+                del unsettled[tag]
+        acked.clear()
 
     # ----------------------------------------------------------------------- prefetch
 
