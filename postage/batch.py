@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from postage import outbox as outboxes
-from postage.errors import ClosedError, PostageError
+from postage.errors import ClosedError
 from postage.futures import refuse_in_coroutine
 from postage.messages import MessageCommand
-from postage.sending import Composed, Report, Sending
+from postage.sending import Composed, Report
 from postage.transport import connection as connections
 from postage.transport.publisher import Publishing
 
@@ -143,12 +143,7 @@ class Batch:
         if self._in_outbox:
             self._refuse_in_coroutine()
         hub, report = self._publisher.hub, self._report
-        message_id = composed.message_id
-
-        def finished(error: PostageError | None) -> None:
-            report.note(message_id, error)
-
-        self._chunk.extend(Sending(composed, finished).publishings)
+        self._chunk.extend(report.publishings(composed))
         self._sent += 1
         if self._sent - report.settled > BATCH_WINDOW:
             self._wait_for(lambda: self._sent - report.settled <= BATCH_WINDOW // 2)

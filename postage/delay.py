@@ -334,8 +334,8 @@ class Due:
         """Lead a publishing into the cascade, or straight to its exchange if it is due."""
         steps = steps_of(max(0.0, self.time - time.monotonic()))
         exchange = publishing.exchange
-        headers = stripped(publishing.properties.headers)
-        publishing.properties = properties = copy.copy(publishing.properties)
+        publishing.properties = properties = copy.copy(publishing.loose_properties)
+        headers = stripped(properties.headers)
         if steps:
             goal = publishing.key if exchange.is_default else exchange
             delayed = Delayed(goal, steps.bit_length() - 1, self.is_bound)

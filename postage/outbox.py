@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from postage.errors import ClosedError, PostageError
 from postage.futures import Future
 from postage.messages import new_message_id
-from postage.sending import Composed, Report, Sending
+from postage.sending import Composed, Report, publishings_of
 from postage.transport.publisher import Publisher
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Outbox:
         publishings = [
             publishing
             for parcel in parcels
-            for publishing in Sending(parcel.composed, partial(finished, parcel)).publishings
+            for publishing in publishings_of(parcel.composed, partial(finished, parcel))
         ]
         publisher.hub.call(partial(publisher.send, publishings))
         return sent

@@ -54,7 +54,7 @@ from postage.rpc import (
     decoded_reply,
     encoded,
 )
-from postage.sending import Composed, Sending
+from postage.sending import Composed, publishings_of
 from postage.settings import (
     Hup,
     HupFromEnvironment,
@@ -419,8 +419,7 @@ class GenericProducer:
             else:
                 future.fail(error)
 
-        sending = Sending(composed, finished)
-        start = partial(publisher.send, sending.publishings)
+        start = partial(publisher.send, publishings_of(composed, finished))
         if as_future:
             publisher.hub.call(start)
             return future

@@ -278,7 +278,7 @@ class HeldDue(Due):
     def __call__(self, publishing: Publishing) -> None:
         """Lead a publishing into its holding queue, for the time that is left by now."""
         left = max(0.0, self.time - time.monotonic())
-        properties = copy.copy(publishing.properties)
+        properties = copy.copy(publishing.loose_properties)
         properties.headers = {**stripped(properties.headers), **self.headers}
         properties.expiration = str(math.ceil(left * 1000))
         publishing.properties = properties

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pika
@@ -18,7 +19,7 @@ from postage.errors import (
     UnroutableError,
 )
 from postage.topology import ExchangeSpec
-from postage.transport.publisher import Fate, Publishing
+from postage.transport.publisher import Fate, Publishing, encoded_ahead
 
 if TYPE_CHECKING:
     from postage.outbox import Outbox
@@ -68,37 +69,46 @@ class Composed:
     def publishings(self, settled: Callable[[Publishing], None]) -> list[Publishing]:
         """Return one publishing for each pair."""
         deadline = time.monotonic() + self.timeout
-        aim = None if self.wait is None else self.wait.begin(self.mandatory)
+        if self.wait is None:
+            aim, properties = None, encoded_ahead(self.properties)
+        else:
+            aim, properties = self.wait.begin(self.mandatory), self.properties
         return [
             Publishing(
                 exchange,
                 key,
                 self.body,
-                self.properties,
+                properties,
                 mandatory=self.mandatory,
                 confirm=self.confirm,
                 deadline=deadline,
                 settled=settled,
                 aim=aim,
+                message_id=self.message_id,
             )
             for exchange, key in self.pairs
         ]
 
 
-class Sending:
-    """The publishings of one message, and what to do when the last one has its fate."""
+def publishings_of(
+    composed: Composed, finished: Callable[[PostageError | None], None]
+) -> list[Publishing]:
+    """Return the publishings of a message.
 
-    __slots__ = ("_finished", "_left", "publishings")
+    Args:
+        composed: The message.
+        finished: Called with None, or the error, when the last of them has its fate.
+    """
+    left = len(composed.pairs)
 
-    def __init__(self, composed: Composed, finished: Callable[[PostageError | None], None]) -> None:
-        self._finished = finished
-        self.publishings = composed.publishings(self._settled)
-        self._left = len(self.publishings)
+    def settled(_publishing: Publishing) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            finished(outcome(publishings))
 
-    def _settled(self, _publishing: Publishing) -> None:
-        self._left -= 1
-        if not self._left:
-            self._finished(outcome(self.publishings))
+    publishings = composed.publishings(settled)
+    return publishings
 
 
 class Report:
@@ -127,6 +137,15 @@ class Report:
             self.unknown.append((message_id, error))
         else:
             self.failed.append((message_id, error))
+
+    def publishings(self, composed: Composed) -> list[Publishing]:
+        """Return the publishings of a message whose fate is noted when it is known."""
+        if len(composed.pairs) == 1:
+            return composed.publishings(self._note_one)
+        return publishings_of(composed, partial(self.note, composed.message_id))
+
+    def _note_one(self, publishing: Publishing) -> None:
+        self.note(str(publishing.message_id), publishing.error)
 
     def note_unsent(self, message_id: str) -> None:
         """Note a message that was held back, because one before it had failed."""

@@ -32,7 +32,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pika
 from pika.channel import Channel
@@ -58,6 +58,8 @@ from postage.health import Health, Incident, incident, latest
 from postage.topology import ExchangeSpec
 from postage.transport.connection import Connection, State
 from postage.transport.conversation import Preparation, Script, converse, translated
+from postage.transport.frames import encode_properties
+from postage.transport.wire import WireChannel
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class Publishing:
         exchange: Where it goes; declared before the first use.
         key: The routing key.
         body: Bytes.
-        properties: As pika takes them; not changed.
+        properties: As pika takes them, or encoded ahead (`encoded_ahead()`); not changed.
         mandatory: Whether the broker returns it if no queue is bound to the key.
         confirm: Whether its sender waits for the broker's confirm.
         deadline: On the monotonic clock: its fate is known by then.
@@ -99,6 +101,7 @@ class Publishing:
         aim: Called whenever it is about to be written, if it may take a detour: sets
             ``preparation``, ``via`` (the name of the exchange), ``properties`` and
             ``mandatory``.
+        message_id: Its id, where the properties are encoded.
     """
 
     __slots__ = (
@@ -113,6 +116,7 @@ class Publishing:
         "key",
         "lost",
         "mandatory",
+        "message_id",
         "preparation",
         "properties",
         "repeatable",
@@ -128,7 +132,7 @@ class Publishing:
         exchange: ExchangeSpec,
         key: str,
         body: bytes,
-        properties: pika.BasicProperties,
+        properties: pika.BasicProperties | bytes,
         *,
         mandatory: bool,
         confirm: bool,
@@ -137,6 +141,7 @@ class Publishing:
         wants_reply: bool = False,
         repeatable: bool = True,
         aim: Callable[[Publishing], None] | None = None,
+        message_id: str | None = None,
     ) -> None:
         self.exchange = exchange
         self.preparation: Preparation = exchange
@@ -145,6 +150,9 @@ class Publishing:
         self.key = key
         self.body = body
         self.properties = properties
+        self.message_id = message_id
+        if not isinstance(properties, bytes):
+            self.message_id = properties.message_id
         self.mandatory = mandatory
         self.confirm = confirm
         self.deadline = deadline
@@ -161,6 +169,12 @@ class Publishing:
     def __repr__(self) -> str:
         fate = self.fate.value if self.fate else "in doubt" if self.in_doubt else "on its way"
         return f"<Publishing to {self.exchange.name!r} key {self.key!r} [{fate}]>"
+
+    @property
+    def loose_properties(self) -> pika.BasicProperties:
+        """The properties of one that has an aim, which may want to change them."""
+        assert not isinstance(self.properties, bytes)
+        return self.properties
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -194,8 +208,8 @@ class Publisher:
         self.hub = connection.hub
         self._listener = listener
         self._listening = False
-        self._channel: Channel | None = None
-        self._preparing: Channel | None = None
+        self._channel: WireChannel | None = None
+        self._preparing: WireChannel | None = None
         self._joined = False
         self._closed = False
         #: The last message that did not arrive, or refusal, also if it is over.
@@ -280,7 +294,9 @@ class Publisher:
 
     def connected(self, amqp: pika.SelectConnection) -> None:
         """Open a channel in confirm mode."""
-        channel = amqp.channel(on_open_callback=self.hub.shielded(self._prepare))
+        channel = cast(
+            WireChannel, amqp.channel(on_open_callback=self.hub.shielded(self._prepare))
+        )
         channel.add_on_close_callback(self.hub.shielded(self._channel_closed))
         self._preparing = channel
 
@@ -315,7 +331,7 @@ class Publisher:
 
     # ------------------------------------------------------------------- inside
 
-    def _prepare(self, channel: Channel) -> None:
+    def _prepare(self, channel: WireChannel) -> None:
         if channel is not self._preparing:
             return
         channel.add_on_return_callback(self.hub.shielded(self._returned))
@@ -326,7 +342,7 @@ class Publisher:
     def _script(self, channel: Channel) -> Script[None]:
         yield partial(channel.confirm_delivery, self.hub.shielded(self._confirmed))
 
-    def _prepared(self, channel: Channel, _result: Any, error: TransportError | None) -> None:
+    def _prepared(self, channel: WireChannel, _result: Any, error: TransportError | None) -> None:
         if channel is not self._preparing:
             return
         self._preparing = None
@@ -433,7 +449,7 @@ class Publisher:
         )
         self._listening = True
 
-    def _write(self, channel: Channel, publishing: Publishing) -> None:
+    def _write(self, channel: WireChannel, publishing: Publishing) -> None:
         if publishing.wants_reply and not self._listening:
             self._listen(channel)
         try:
@@ -482,7 +498,7 @@ class Publisher:
         for publishing in self._written.values():
             if (
                 publishing.key == method.routing_key
-                and publishing.properties.message_id == properties.message_id
+                and publishing.message_id == properties.message_id
                 and publishing.via == method.exchange
                 and publishing.mandatory
                 and not publishing.returned
@@ -564,7 +580,7 @@ def _error_of(publishing: Publishing, fate: Fate) -> TransportError:
         )
     return PublishUnknownError(
         f"publish to exchange {name!r} key {key!r}: written, and the confirm never came; "
-        f"it may have arrived (message id {publishing.properties.message_id})"
+        f"it may have arrived (message id {publishing.message_id})"
     )
 
 
@@ -575,7 +591,7 @@ def _doubtful(publishing: Publishing, error: PostageError) -> PostageError:
     name, key = publishing.pair
     unknown = PublishUnknownError(
         f"publish to exchange {name!r} key {key!r}: it was written before a connection or channel "
-        f"was lost, and may have arrived then (message id {publishing.properties.message_id}); "
+        f"was lost, and may have arrived then (message id {publishing.message_id}); "
         f"the second time: {error}"
     )
     unknown.__cause__ = error
@@ -611,9 +627,20 @@ def check_encodable(
         )
 
 
+def encoded_ahead(properties: pika.BasicProperties) -> pika.BasicProperties | bytes:
+    """Return properties as they are written: once for many addresses, and by their sender.
+
+    What cannot be encoded is returned as it is: whoever writes it says so.
+    """
+    try:
+        return encode_properties(properties)
+    except Exception:
+        return properties
+
+
 def encoded_size(properties: pika.BasicProperties) -> int:
     """Return how many bytes the header frame of a message takes."""
-    return sum(len(piece) for piece in properties.encode()) + _HEADER_OVERHEAD
+    return len(encode_properties(properties)) + _HEADER_OVERHEAD
 
 
 def _check_header(name: str, value: Any) -> None:
