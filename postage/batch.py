@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: on this or another continent busy, and few enough to hold in memory.
 BATCH_WINDOW = 2000
 #: Messages of a batch that are handed to the loop together.
-BATCH_CHUNK = 64
+BATCH_CHUNK = 200
 #: Seconds that one of them waits at most for the others, whatever the block does meanwhile.
 BATCH_DELAY = 0.02
 

@@ -416,7 +416,7 @@ class GenericConsumer:
             settled=settled,
             aim=Wait(delay).begin(mandatory, is_bound) if delay else None,
         )
-        publisher.hub.call(lambda: publisher.send([publishing]))
+        publisher.hub.call(lambda: publisher.send([publishing]), together=True)
         return future
 
     def bind_for_delays(self, queue: str) -> Future[None]:

@@ -203,7 +203,7 @@ class Outbox:
             for parcel in parcels
             for publishing in publishings_of(parcel.composed, partial(finished, parcel))
         ]
-        publisher.hub.call(partial(publisher.send, publishings))
+        publisher.hub.call(partial(publisher.send, publishings), together=True)
         return sent
 
     def _end(self) -> None:

@@ -421,7 +421,7 @@ class GenericProducer:
 
         start = partial(publisher.send, publishings_of(composed, finished))
         if as_future:
-            publisher.hub.call(start)
+            publisher.hub.call(start, together=True)
             return future
         refuse_in_coroutine("sending a message", "await producer.message_x(..., _future=True)")
         publisher.hub.wait(future.ready, first=start)  # the publisher keeps the deadline
@@ -446,7 +446,7 @@ class GenericProducer:
         compat = bool(self.compat or self._compat)
         caller = Caller(publisher, self._replies, request, reply, compat)
         if special.get("_future"):
-            publisher.hub.call(caller.start)
+            publisher.hub.call(caller.start, together=True)
             return reply
         refuse_in_coroutine("an RPC call", "await producer.rpc_x(..., _future=True)")
         publisher.hub.wait(reply.ready, first=caller.start)  # the call keeps its deadlines

@@ -16,7 +16,8 @@ share one loop as *leader* and *followers*:
   thread takes the chair for one round.
 * The *guard*, a daemon thread, takes the chair when it was empty for 100 ms, and
   leaves it as soon as somebody waits. So heartbeats, confirms and deliveries go
-  on while a handler computes or a script sleeps.
+  on while a handler computes or a script sleeps. It also pushes, within a
+  millisecond, what was left to be written together with more that may come.
 
 What wakes whom: a byte in the wake-up socket ends the leader's poll (written by
 ``call()``, by a follower that finds the guard in the chair, and by the
@@ -25,8 +26,9 @@ interpreter when a signal arrives); an opened gate ends a follower's sleep.
 The rules that keep this sound, each named again where it is kept:
 
  1. one queue: who leads does not change the order of calls;
- 2. a leader leaves after it emptied the queue and pushed the bytes out, and
-    comes back if it then sees that the queue is not empty any more;
+ 2. a leader leaves after it emptied the queue and pushed the bytes out, or rang
+    for the guard to do so, and comes back if it then sees that the queue is not
+    empty any more;
  3. one heir is woken, and an heir that does not need the chair passes it on;
  4. a follower looks again after it registered, and the leader looks at all
     followers before it polls, so no wake-up is missed;
@@ -79,6 +81,11 @@ FORK_PATIENCE = 10.0
 #: Seconds after which a leader that leaves looks for events first. A thread that only sends, and
 #: never waits, hears of its confirms and of the broker's heartbeats so.
 UNPOLLED = 0.01
+
+#: Seconds for which what is written may wait to go out with more, and how many calls at most go
+#: out together. A system call and a packet for each cost both sides, and the broker most, more
+#: than all the rest of a small message; many in one would leave the others idle meanwhile.
+LATE, TOGETHER = 0.001, 16
 
 #: Rounds of pushing that a leader does for others before it leaves. Under load every
 #: push brings new events, and the thread has its own work to return to.
@@ -266,6 +273,8 @@ class Hub:
         self._calls: collections.deque[tuple[Callable[[], None], _Visit | None]]
         self._calls = collections.deque()
         self._unpushed = False  # something of ours ran since the last push and may have written
+        self._pushed = False  # there was a push since the last poll
+        self._late = 0  # calls that have left it to others to push for them
         self._polled = time.monotonic()
         self._awake = False  # a byte is in the wake-up socket, or the leader is about to look
         self._freezer: _Visit | None = None  # the thread that forks: all others leave the chair
@@ -291,18 +300,20 @@ class Hub:
 
     # ------------------------------------------------------------- from any thread
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], None], together: bool = False) -> None:
         """Have a function run by the leader, after all that was given before it.
 
         Args:
             function: Takes nothing; what it raises is logged.
+            together: What it writes may wait for a moment, to go out together with what others
+                write: unless it is the first since the last poll.
         """
         self._calls.append((function, None))  # rule 1: before the look at the chair
         if self._occupant() is None:
             visit = _Visit(_never)
             with visit.here:
                 if self._take(visit):
-                    self._release(visit)  # runs it, after what was there before
+                    self._release(visit, together)  # runs it, after what was there before
                     return
         self.nudge()
 
@@ -453,14 +464,17 @@ class Hub:
             self._leader = visit
             return True
 
-    def _release(self, visit: _Visit) -> None:
-        """Leave the chair: everything called for is done, everything written is sent."""
+    def _release(self, visit: _Visit, together: bool = False) -> None:
+        """Leave the chair: everything called for is done, everything written is sent.
+
+        Or it is sent soon, by whoever leads next, by the guard if nobody does.
+        """
         heir: _Visit | None = None
         try:
             while True:
                 for _ in range(PUSHES):
                     self._run_calls()
-                    if not self._unpushed:
+                    if not self._unpushed or (together and self._may_be_late()):
                         break
                     if time.monotonic() - self._polled < UNPOLLED:
                         self._push()  # rule 2: pika only buffers
@@ -477,6 +491,15 @@ class Hub:
             if heir is not None:
                 heir.gate.open()  # rule 3: exactly one, not a herd
             self._guard_bell.open()
+
+    def _may_be_late(self) -> bool:
+        """Tell whether a push may be left to others, and see to it that it is done."""
+        if not self._pushed or self._late == TOGETHER:
+            return False
+        self._late += 1
+        if self._late == 1:
+            self._guard_alarm.open()
+        return True
 
     def _leave(self, visit: _Visit) -> _Visit | None:
         with self._lock:
@@ -581,11 +604,13 @@ class Hub:
 
     def _push(self) -> None:
         """Write what waits to be written."""
+        self._pushed, self._late = True, 0
         self._turn(self.loop.push)
 
     def _poll(self, limit: float | None = None) -> None:
         """Write, wait for events and dispatch them; 0 means only those that are there."""
         self.loop.limit = limit
+        self._pushed, self._late = False, 0
         self._turn(self._push_and_poll)
         self._polled = time.monotonic()
 
@@ -627,6 +652,7 @@ class Hub:
     def _start_guard(self) -> None:
         self._guard_bell = _Gate()  # rung when the chair becomes empty
         self._guard_bell.open()
+        self._guard_alarm = _Gate()  # rung when somebody leaves without a push
         self._dismissed = threading.Event()
         self._guard = threading.Thread(
             target=self._stand_guard, args=(self._dismissed,), name="postage-guard", daemon=True
@@ -636,6 +662,7 @@ class Hub:
     def _stop_guard(self) -> None:
         self._dismissed.set()
         self._guard_bell.open()
+        self._guard_alarm.open()
         self.wake()
         if self._guard.ident != threading.get_ident():
             self._guard.join(FORK_PATIENCE)
@@ -644,11 +671,24 @@ class Hub:
         while not dismissed.is_set():
             try:
                 self._guard_bell.wait(UNASKED * self._vacancy)
-                if not dismissed.wait(self._vacancy):
+                until = time.monotonic() + self._vacancy
+                while self._guard_alarm.wait(until - time.monotonic()):
+                    self._push_late(dismissed)
+                    if dismissed.is_set():
+                        return
+                if not dismissed.is_set():
                     self._take_vacancy(dismissed)
             except BaseException:  # rule 6: the guard survives everything
                 with contextlib.suppress(BaseException):
                     logger.exception("the guard of the I/O loop failed and goes on")
+
+    def _push_late(self, dismissed: threading.Event) -> None:
+        """Push for those who left it to others, unless one came meanwhile."""
+        while self._late and not dismissed.wait(LATE):
+            visit = _Visit(_never)
+            with visit.here:
+                if self._late and self._take(visit):
+                    self._release(visit)
 
     def _take_vacancy(self, dismissed: threading.Event) -> None:
         visit = _Visit(_never)

@@ -359,7 +359,7 @@ class Subscriber:
             self._collecting = True
             self.hub.post(self._collect)
         elif len(self._decided) == self._together:  # let the broker work while we do
-            self.hub.call(self._flush)
+            self.hub.call(self._flush, together=True)
 
     def trust(self, queue: QueueSpec, after: float = 0.0) -> None:
         """Deliver ahead although the first message of a queue is not settled yet.

@@ -354,6 +354,68 @@ def test_a_thread_that_only_calls_hears_events(hub: Hub, line: Line) -> None:
     wait_until(heard)
 
 
+@pytest.fixture
+def no_hurry(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody but the test pushes, and no call polls."""
+    monkeypatch.setattr(hubs, "LATE", DEADLINE)
+    monkeypatch.setattr(hubs, "UNPOLLED", DEADLINE)
+    hub.call(partial(hub._poll, 0.0))
+
+
+def test_calls_write_together(hub: Hub, line: Line, no_hurry: None) -> None:
+    """The first after a poll writes at once, and those that follow wait for one that may not."""
+    for letter in (b"a", b"b", b"c"):
+        hub.call(partial(line.write, letter), together=True)
+    assert b"a" == line.arrived()
+    hub.call(partial(line.write, b"d"))
+    assert b"bcd" == line.arrived()
+
+
+def test_only_so_many_calls_write_together(hub: Hub, line: Line, no_hurry: None) -> None:
+    """The broker shall not idle while they are collected."""
+    for _ in range(1 + hubs.TOGETHER):
+        hub.call(partial(line.write, b"x"), together=True)
+    assert b"x" == line.arrived()
+    hub.call(partial(line.write, b"x"), together=True)
+    assert b"x" * (hubs.TOGETHER + 1) == line.arrived()
+
+
+def test_who_waits_pushes_what_is_late(hub: Hub, line: Line, no_hurry: None) -> None:
+    """It polls, and the first call after that writes at once again."""
+    for letter in (b"a", b"b"):
+        hub.call(partial(line.write, letter), together=True)
+    assert b"a" == line.arrived()
+    line.far.send(b"answer")
+    assert held(hub, lambda: bool(line.heard))
+    assert b"b" == line.arrived()
+    hub.call(partial(line.write, b"c"), together=True)
+    assert b"c" == line.arrived()
+
+
+def test_the_guard_pushes_what_is_late(hub: Hub, line: Line) -> None:
+    """A thread that calls and then computes does not keep its messages back."""
+    arrived = b""
+    for round_ in range(1, 101):
+        hub.call(partial(line.write, b"a"), together=True)
+        hub.call(partial(line.write, b"b"), together=True)
+        deadline = time.monotonic() + DEADLINE
+        while len(arrived) < 2 * round_:
+            arrived += line.arrived()
+            assert time.monotonic() < deadline
+    assert b"ab" * 100 == arrived
+
+
+def test_a_fork_pushes_what_is_late(shared: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guard would have done is not forgotten with it."""
+    monkeypatch.setattr(hubs, "LATE", DEADLINE)
+    with shared_line(shared) as line:
+        shared.call(partial(shared._poll, 0.0))
+        for letter in (b"a", b"b", b"c"):
+            shared.call(partial(line.write, letter), together=True)
+        in_child(lambda: None)
+        assert b"abc" == line.arrived()
+
+
 def test_a_leader_is_woken_once_for_many_calls(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte in the wake-up socket is enough for all who call before the leader looks."""
     ran: list[int] = []
