@@ -223,7 +223,7 @@ def command_parameters(args: tuple[Any, ...], kwds: Mapping[str, Any]) -> Any:
         return {"args": list(args), "kwds": dict(kwds)}
     if args:
         return args[0] if len(args) == 1 else list(args)
-    return kwds["parameters"] if kwds.keys() == {"parameters"} else dict(kwds)
+    return kwds["parameters"] if len(kwds) == 1 and "parameters" in kwds else dict(kwds)
 
 
 def new_message_id() -> str:

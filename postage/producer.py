@@ -276,11 +276,11 @@ class GenericProducer:
         if name.startswith("schedule_"):
             called = "message_" + name.removeprefix("schedule_")
             return partial(schedules.schedule, self, self._builder(called, MessageCommand))
-        if name.startswith("rpc_queue_") and not hasattr(type(self), f"build_{name}"):
-            called = "rpc_" + name.removeprefix("rpc_queue_")
-            builder = self._builder(called, RpcCommand)
-            return partial(self._rpc_send, _callable=builder, _queue_only=True)
         if name.startswith("rpc_"):
+            if name.startswith("rpc_queue_") and not hasattr(type(self), f"build_{name}"):
+                called = "rpc_" + name.removeprefix("rpc_queue_")
+                builder = self._builder(called, RpcCommand)
+                return partial(self._rpc_send, _callable=builder, _queue_only=True)
             return partial(self._rpc_send, _callable=self._builder(name, RpcCommand))
         raise AttributeError(
             f"{type(self).__name__!r} object has no attribute {name!r} "
@@ -352,10 +352,11 @@ class GenericProducer:
         That is the producer's ``build_<name>``, or else a command of that name, with as
         many parameters as are given.
         """
-        builder = getattr(type(self), f"build_{name}", None)
+        custom = f"build_{name}"
+        builder = getattr(type(self), custom, None)
         if builder is not None:
             return partial(builder, self)
-        builder = vars(self).get(f"build_{name}")
+        builder = vars(self).get(custom)
         if builder is not None:
             return cast(Builder, builder)
         is_rpc = command is not MessageCommand
@@ -432,8 +433,9 @@ class GenericProducer:
 
     def _rpc_send(self, /, *args: Any, _callable: Builder, **kwds: Any) -> Any:
         if not _NOT_FOR_RPC.isdisjoint(kwds):
+            refused = sorted(_NOT_FOR_RPC & kwds.keys())
             raise TypeError(
-                f"an RPC call takes no {', '.join(sorted(_NOT_FOR_RPC & kwds.keys()))}: it is sent now, lasts _timeout "
+                f"an RPC call takes no {', '.join(refused)}: it is sent now, lasts _timeout "
                 "seconds, and its correlation id is its own"
             )
         special = _taken(kwds, _RPC_KEYWORDS)
@@ -612,9 +614,9 @@ class GenericProducer:
             properties["priority"] = _priority_of(special)
         if headers:
             properties["headers"] = dict(headers)
-        doubtful = bool(headers) or "_message_id" in special
-        for text in (app_id or "", *[key for _exchange, key in pairs]):
-            doubtful |= len(text) > _SHORT
+        doubtful = bool(headers) or "_message_id" in special or len(app_id or "") > _SHORT
+        for _exchange, key in pairs:
+            doubtful |= len(key) > _SHORT
         if doubtful:
             if not _DELAYS.isdisjoint(special):  # there must be room for what they add
                 headers = {**(headers or {}), **MOST_HEADERS}
@@ -707,11 +709,11 @@ def _taken(kwds: dict[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
 
 def _refuse_unknown(name: str, kwds: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a mistyped underscore keyword, which would else become part of the message."""
-    unknown = [key for key in kwds if key[0:1] == "_"]
+    unknown = [key for key in kwds if key.startswith("_")]
     if unknown:
         raise TypeError(
-            f"{name}() got unexpected keyword(s) {', '.join(sorted(unknown))}; those that steer it are "
-            f"{', '.join(sorted(known))}"
+            f"{name}() got unexpected keyword(s) {', '.join(sorted(unknown))}; those that steer it "
+            f"are {', '.join(sorted(known))}"
         )
 
 
