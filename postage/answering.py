@@ -106,10 +106,11 @@ class AnsweredCalls:
 class _Request:
     """A request, and what was answered so far."""
 
-    __slots__ = ("answers", "delivery", "message_id", "replies")
+    __slots__ = ("answers", "delivery", "message_id", "patience", "replies")
 
-    def __init__(self, delivery: Delivery) -> None:
+    def __init__(self, delivery: Delivery, patience: float) -> None:
         self.delivery = delivery
+        self.patience = patience  # seconds that its caller waits
         self.message_id: str | None = delivery.properties.message_id
         self.replies: list[bytes] = []
         self.answers: list[Future[None]] = []  # their confirms
@@ -167,7 +168,8 @@ class Answering:
         if header.reply_to is None:
             why = DecodeError("an RPC request without reply_to")
             return Verdict(Fate.PARK, "unanswerable", why)
-        if _is_overdue(delivery):
+        patience = _patience(delivery)
+        if time.monotonic() - delivery.received > patience:  # by our own clock alone
             logger.debug("nobody waits for the answer to %r any more", delivery)
             return ACK
         known = self._answered.repeated(header)
@@ -176,7 +178,8 @@ class Answering:
                 known.waiting.append(header)  # for what comes after what has come
             return self._confirmed([self._reply(delivery, each) for each in known.replies], ACK)
         try:
-            return self._answer_new(_Request(delivery), body, registration, data, outbox)
+            request = _Request(delivery, patience)
+            return self._answer_new(request, body, registration, data, outbox)
         except BaseException:
             self._answered.finish(header.message_id, settled=False)
             raise
@@ -274,7 +277,8 @@ class Answering:
 
     def _send(self, request: _Request, reply: bytes) -> None:
         request.replies.append(reply)
-        request.answers.append(self._reply(request.delivery, reply))
+        properties = request.delivery.properties
+        request.answers.append(self._consumer.reply(properties, reply, request.patience))
         for waiting in self._answered.add(request.message_id, reply):
             request.answers.append(self._consumer.reply(waiting, reply, PUBLISH_TIMEOUT))
 
@@ -327,8 +331,3 @@ def _patience(delivery: Delivery) -> float:
     """Return the seconds that the caller of an RPC waits, counted from the delivery."""
     timeout = delivery.headers.get(TIMEOUT_HEADER)
     return timeout / 1000 if isinstance(timeout, int) and timeout >= 0 else PUBLISH_TIMEOUT
-
-
-def _is_overdue(delivery: Delivery) -> bool:
-    """Tell whether the caller has stopped waiting, by our own clock alone."""
-    return time.monotonic() - delivery.received > _patience(delivery)

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import pika
@@ -42,8 +43,9 @@ from postage.topology import (
     queue_spec,
 )
 from postage.transport import connection as connections
+from postage.transport import hub as hubs
 from postage.transport.connection import Connection
-from postage.transport.publisher import Publisher, Publishing
+from postage.transport.publisher import Publisher, Publishing, encoded_ahead
 from postage.transport.subscriber import Delivery, Settlement, Subscriber
 
 _Consumer = TypeVar("_Consumer", bound="GenericConsumer")
@@ -55,6 +57,18 @@ PUBLISH_TIMEOUT = 30.0
 _DEFAULT = DefaultExchange.spec()
 #: Names that were warned of already: one warning a name is enough.
 _warned: set[str] = set()
+
+
+class _Confirm(Future[None]):
+    """The broker's confirm of one publishing, or why there is none."""
+
+    __slots__ = ()
+
+    def settled(self, publishing: Publishing) -> None:
+        if publishing.error is None:
+            self.set(None)
+        else:
+            self.fail(publishing.error)
 
 
 class GenericConsumer:
@@ -366,18 +380,18 @@ class GenericConsumer:
         """
         if header.reply_to is None:
             raise ConfigurationError("there is no reply_to: the sender wants no answer")
-        properties = pika.BasicProperties(
-            content_type=self.encoder.content_type or None,
-            correlation_id=header.correlation_id,
-            delivery_mode=1,
-        )
-        return self.publish(header.reply_to, body, properties, False, timeout)
+        properties = {
+            "content_type": self.encoder.content_type or None,
+            "delivery_mode": 1,
+            "correlation_id": header.correlation_id,
+        }
+        return self.publish(header.reply_to, body, encoded_ahead(properties), False, timeout)
 
     def publish(
         self,
         queue: str,
         body: bytes,
-        properties: pika.BasicProperties,
+        properties: pika.BasicProperties | bytes,
         mandatory: bool,
         timeout: float = PUBLISH_TIMEOUT,
         delay: float = 0.0,
@@ -397,14 +411,7 @@ class GenericConsumer:
             connection = connections.acquire(self._settings, "publish")
             publisher = self._publisher = Publisher(connection)
         logger.debug("> %s to %r", body, queue)
-        future: Future[None] = Future(publisher.hub.wait, publisher.hub.nudge)
-
-        def settled(publishing: Publishing) -> None:
-            if publishing.error is None:
-                future.set(None)
-            else:
-                future.fail(publishing.error)
-
+        confirm = _Confirm(publisher.hub.wait, publisher.hub.nudge)
         publishing = Publishing(
             _DEFAULT,
             queue,
@@ -413,11 +420,11 @@ class GenericConsumer:
             mandatory=mandatory,
             confirm=True,
             deadline=time.monotonic() + timeout,
-            settled=settled,
+            settled=confirm.settled,
             aim=Wait(delay).begin(mandatory, is_bound) if delay else None,
         )
-        publisher.hub.call(lambda: publisher.send([publishing]), together=True)
-        return future
+        publisher.hub.call(partial(publisher.send, (publishing,)), together=True)
+        return confirm
 
     def bind_for_delays(self, queue: str) -> Future[None]:
         """Bind an exclusive queue of this consumer, so that delayed messages get to it.
@@ -479,7 +486,7 @@ class GenericConsumer:
         self._check_fork()
 
     def _check_fork(self) -> None:
-        if self._connection.hub.pid != os.getpid():  # asked for each message: see check_fork()
+        if self._connection.hub.pid != hubs.process_id:  # asked for each message
             connections.check_fork(self._connection, type(self).__name__)
 
 

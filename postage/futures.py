@@ -55,13 +55,13 @@ class Future(Generic[T]):
 
     def set(self, value: T) -> None:
         """Set the result. Later results and errors are ignored."""
-        if self._unset.acquire(blocking=False):
+        if self._unset.acquire(False):
             self._value = value
             self._finish()
 
     def fail(self, error: BaseException) -> None:
         """Set an error, which `result()` raises. Later results and errors are ignored."""
-        if self._unset.acquire(blocking=False):
+        if self._unset.acquire(False):
             self._error = error
             self._finish()
 

@@ -197,9 +197,9 @@ def message_from_reply(body: object) -> MessageResult:
             result = MessageResultError(f"Malformed reply {reprlib.repr(content)}")
         case _:
             result = MessageResultError(f"Malformed reply {reprlib.repr(body)}")
-    match body:
-        case {"fingerprint": dict(fingerprint)}:
-            result.fingerprint(fingerprint)
+    fingerprint = body.get("fingerprint") if isinstance(body, dict) else None
+    if isinstance(fingerprint, dict):  # a class pattern would take three times as long
+        result.fingerprint(fingerprint)
     return result
 
 
@@ -223,7 +223,7 @@ def command_parameters(args: tuple[Any, ...], kwds: Mapping[str, Any]) -> Any:
         return {"args": list(args), "kwds": dict(kwds)}
     if args:
         return args[0] if len(args) == 1 else list(args)
-    return kwds["parameters"] if kwds.keys() == {"parameters"} else dict(kwds)
+    return kwds["parameters"] if len(kwds) == 1 and "parameters" in kwds else dict(kwds)
 
 
 def new_message_id() -> str:

@@ -433,7 +433,9 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         try:
             if delivery.redelivered and _deliveries(delivery) >= SUSPICIOUS:
                 yield from self._mover.announce(delivery)
-            outcome = yield from self._judge(delivery)
+            outcome = self._judge(delivery)
+            if not isinstance(outcome, (Verdict, Future)):
+                outcome = yield from outcome
             self._handled += 1
             is_answered = isinstance(outcome, Future)
             if isinstance(outcome, Future):
@@ -456,11 +458,12 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
         if not self.consumer.subscriber.inbox:
             self.consumer.subscriber.flush()
 
-    def _judge(self, delivery: Delivery) -> Generator[Any, Any, Verdict | Future[None]]:
+    def _judge(self, delivery: Delivery) -> Verdict | Future[None] | Handling:
         """Have a message handled, and decide what becomes of it.
 
         Returns:
-            The verdict, or the confirm of an answer: then it is done with.
+            The verdict; or the confirm of an answer, after which the message is done; or the
+            steps that are left until there is a verdict.
         """
         message_id = delivery.properties.message_id
         if message_id is not None and message_id == self._cause:
@@ -469,14 +472,17 @@ class MessageProcessor(MicroThread, metaclass=MessageHandlerType):
             body = self._read(delivery)
         except DecodeError as error:
             if delivery.properties.reply_to is not None:
-                return (yield from self._answering.refuse(delivery, str(error)))
+                return self._answering.refuse(delivery, str(error))
             return Verdict(Fate.PARK, "unreadable", error)
         handlers = self._handlers_of(body)
         if body["category"] == "rpc":
-            outcome = self._answer(delivery, body, handlers[0] if handlers else None)
-            if isinstance(outcome, (Verdict, Future)):
-                return outcome
-            return (yield from outcome)
+            return self._answer(delivery, body, handlers[0] if handlers else None)
+        return self._handle_all(delivery, body, handlers)
+
+    def _handle_all(
+        self, delivery: Delivery, body: dict[str, Any], handlers: tuple[Registration, ...]
+    ) -> Handling:
+        """Have a message handled by all of its handlers."""
         several = len(handlers) > 1
         only = delivery.headers.get(HANDLER)
         if only is not None:

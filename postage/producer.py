@@ -65,6 +65,7 @@ from postage.settings import (
 from postage.topology import DefaultExchange, Eks, Exchange, ExchangeSpec, exchange_spec
 from postage.transaction import Transaction
 from postage.transport import connection as connections
+from postage.transport import hub as hubs
 from postage.transport.connection import Connection
 from postage.transport.publisher import Publisher, check_encodable
 from postage.transport.replies import ReplyStream
@@ -275,11 +276,11 @@ class GenericProducer:
         if name.startswith("schedule_"):
             called = "message_" + name.removeprefix("schedule_")
             return partial(schedules.schedule, self, self._builder(called, MessageCommand))
-        if name.startswith("rpc_queue_") and not hasattr(type(self), f"build_{name}"):
-            called = "rpc_" + name.removeprefix("rpc_queue_")
-            builder = self._builder(called, RpcCommand)
-            return partial(self._rpc_send, _callable=builder, _queue_only=True)
         if name.startswith("rpc_"):
+            if name.startswith("rpc_queue_") and not hasattr(type(self), f"build_{name}"):
+                called = "rpc_" + name.removeprefix("rpc_queue_")
+                builder = self._builder(called, RpcCommand)
+                return partial(self._rpc_send, _callable=builder, _queue_only=True)
             return partial(self._rpc_send, _callable=self._builder(name, RpcCommand))
         raise AttributeError(
             f"{type(self).__name__!r} object has no attribute {name!r} "
@@ -351,10 +352,11 @@ class GenericProducer:
         That is the producer's ``build_<name>``, or else a command of that name, with as
         many parameters as are given.
         """
-        builder = getattr(type(self), f"build_{name}", None)
+        custom = f"build_{name}"
+        builder = getattr(type(self), custom, None)
         if builder is not None:
             return partial(builder, self)
-        builder = vars(self).get(f"build_{name}")
+        builder = vars(self).get(custom)
         if builder is not None:
             return cast(Builder, builder)
         is_rpc = command is not MessageCommand
@@ -430,7 +432,8 @@ class GenericProducer:
     # -------------------------------------------------------------------------- RPC
 
     def _rpc_send(self, /, *args: Any, _callable: Builder, **kwds: Any) -> Any:
-        if refused := sorted(_NOT_FOR_RPC & kwds.keys()):
+        if not _NOT_FOR_RPC.isdisjoint(kwds):
+            refused = sorted(_NOT_FOR_RPC & kwds.keys())
             raise TypeError(
                 f"an RPC call takes no {', '.join(refused)}: it is sent now, lasts _timeout "
                 "seconds, and its correlation id is its own"
@@ -467,10 +470,8 @@ class GenericProducer:
             exchange,
             key,
             body,
-            {
-                **self._properties(special, [pair], headers),
-                "delivery_mode": 2 if special.get("_persistent") else 1,  # it is sent again
-            },
+            # Transient by default: it is sent again.
+            self._properties(special, [pair], headers, bool(special.get("_persistent"))),
             timeout=float(timeout),
             max_retry=self.max_retry if retries is None else max(0, int(retries)),
             mandatory=bool(special.get("_mandatory", True)),
@@ -483,7 +484,7 @@ class GenericProducer:
         try:
             queue = collector.open(self.publish_timeout)
             properties = pika.BasicProperties(
-                **request.properties, reply_to=queue, correlation_id=new_message_id()
+                **{**request.properties, "reply_to": queue, "correlation_id": new_message_id()}
             )
             composed = Composed(
                 request.body,
@@ -577,7 +578,9 @@ class GenericProducer:
         pairs: Sequence[tuple[Any, str]] = (),
     ) -> pika.BasicProperties:
         conversation, headers = lineage()
-        properties = self._properties(special or _NOTHING, pairs, headers)
+        special = special or _NOTHING
+        persistent = special.get("_persistent", self.persistent)
+        properties = self._properties(special, pairs, headers, bool(persistent))
         properties["correlation_id"] = conversation
         if special:
             properties["correlation_id"] = _correlation_id_of(special) or conversation
@@ -589,13 +592,19 @@ class GenericProducer:
         special: Mapping[str, Any],
         pairs: Sequence[tuple[Any, str]],
         headers: Mapping[str, Any],
+        persistent: bool,
     ) -> dict[str, Any]:
+        """Return the properties of a message, in their order (AMQP 0-9-1, 4.2.6.1)."""
         name = self.fingerprint.get("name")
         app_id = None if name is None else str(name)
         properties: dict[str, Any] = {
             "content_type": self.encoder.content_type or None,
-            # AMQP 0-9-1: 2 is persistent.
-            "delivery_mode": 2 if special.get("_persistent", self.persistent) else 1,
+            "headers": None,
+            "delivery_mode": 2 if persistent else 1,  # AMQP 0-9-1: 2 is persistent
+            "priority": None,
+            "correlation_id": None,
+            "reply_to": None,
+            "expiration": None,
             "message_id": special.get("_message_id") or new_message_id(),
             "timestamp": int(time.time()),
             "app_id": app_id,
@@ -605,9 +614,9 @@ class GenericProducer:
             properties["priority"] = _priority_of(special)
         if headers:
             properties["headers"] = dict(headers)
-        doubtful = bool(headers) or "_message_id" in special
-        for text in (app_id or "", *[key for _exchange, key in pairs]):
-            doubtful |= len(text) > _SHORT
+        doubtful = bool(headers) or "_message_id" in special or len(app_id or "") > _SHORT
+        for _exchange, key in pairs:
+            doubtful |= len(key) > _SHORT
         if doubtful:
             if not _DELAYS.isdisjoint(special):  # there must be room for what they add
                 headers = {**(headers or {}), **MOST_HEADERS}
@@ -621,7 +630,7 @@ class GenericProducer:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint, with the pid of a child that we were forked into."""
-        pid = os.getpid()
+        pid = hubs.process_id
         if pid != self._pid:
             if self.fingerprint.get("pid") == str(self._pid):
                 self.fingerprint["pid"] = str(pid)
@@ -630,7 +639,7 @@ class GenericProducer:
 
     def _open(self) -> Publisher:
         publisher = self._publisher
-        if publisher is not None and publisher.hub.pid == os.getpid() and not self._closed:
+        if publisher is not None and publisher.hub.pid == hubs.process_id and not self._closed:
             return publisher
         with _opening:
             if self._closed:
@@ -695,16 +704,16 @@ def _taken(kwds: dict[str, Any], known: frozenset[str]) -> Mapping[str, Any]:
     """Take what steers a call out of the keywords that it was given."""
     if known.isdisjoint(kwds):  # nearly always
         return _NOTHING
-    return {name: kwds.pop(name) for name in known & kwds.keys()}
+    return {name: kwds.pop(name) for name in tuple(kwds) if name in known}
 
 
 def _refuse_unknown(name: str, kwds: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a mistyped underscore keyword, which would else become part of the message."""
-    unknown = sorted(key for key in kwds if key.startswith("_"))
+    unknown = [key for key in kwds if key.startswith("_")]
     if unknown:
         raise TypeError(
-            f"{name}() got unexpected keyword(s) {', '.join(unknown)}; those that steer it are "
-            f"{', '.join(sorted(known))}"
+            f"{name}() got unexpected keyword(s) {', '.join(sorted(unknown))}; those that steer it "
+            f"are {', '.join(sorted(known))}"
         )
 
 

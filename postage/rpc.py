@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pika
 from pika.channel import Channel
 
 from postage.encoders import Encoder
@@ -46,7 +45,13 @@ from postage.messages import (
     new_message_id,
 )
 from postage.topology import ExchangeSpec
-from postage.transport.publisher import DIRECT_REPLY_TO, Fate, Publisher, Publishing
+from postage.transport.publisher import (
+    DIRECT_REPLY_TO,
+    Fate,
+    Publisher,
+    Publishing,
+    encoded_ahead,
+)
 from postage.transport.replies import ReplyQueue, ReplyStream
 
 logger = logging.getLogger(__name__)
@@ -69,9 +74,10 @@ _INT_MAX = 2**31 - 1
 class Request:
     """What a call sends, each time it sends it.
 
-    ``properties`` are those of `pika.BasicProperties` without the ones that belong to the
-    call (reply_to, correlation_id, expiration). ``queue`` is the single queue that the key
-    leads to, where that is known. ``timeout`` is for each attempt, in seconds.
+    ``properties`` are all those of `pika.BasicProperties` that producers set, in their order;
+    the ones that belong to the call (correlation_id, reply_to, expiration) are None. ``queue``
+    is the single queue that the key leads to, where that is known. ``timeout`` is for each
+    attempt, in seconds.
     """
 
     exchange: ExchangeSpec
@@ -131,6 +137,24 @@ class Caller:
             send no correlation id.
     """
 
+    __slots__ = (
+        "_attempts",
+        "_compat",
+        "_expires",
+        "_id",
+        "_is_sent",
+        "_look_at",
+        "_looks",
+        "_publisher",
+        "_publishing",
+        "_queue",
+        "_reply",
+        "_reply_to",
+        "_request",
+        "_stream",
+        "due",
+    )
+
     def __init__(
         self,
         publisher: Publisher,
@@ -144,7 +168,6 @@ class Caller:
         self._request = request
         self._reply = reply
         self._compat = compat
-        self._hub = publisher.hub
         self._id = new_message_id()
         self._attempts = 0
         self._is_sent = False  # perhaps: it was written once
@@ -246,24 +269,25 @@ class Caller:
     def _publish(self, reply_to: str) -> None:
         request = self._request
         milliseconds = min(round(request.timeout * 1000), _INT_MAX)
-        headers = {**(request.properties.get("headers") or {}), TIMEOUT_HEADER: milliseconds}
-        properties = pika.BasicProperties(
-            **{**request.properties, "headers": headers},
-            reply_to=reply_to,
-            correlation_id=self._id,
-            expiration=str(milliseconds),  # nobody waits for the reply after that
-        )
+        properties = {
+            **request.properties,
+            "headers": {**(request.properties["headers"] or {}), TIMEOUT_HEADER: milliseconds},
+            "correlation_id": self._id,
+            "reply_to": reply_to,
+            "expiration": str(milliseconds),  # nobody waits for the reply after that
+        }
         self._publishing = Publishing(
             request.exchange,
             request.key,
             request.body,
-            properties,
+            encoded_ahead(properties),
             mandatory=request.mandatory,
             confirm=True,
             deadline=time.monotonic() + request.timeout,
             settled=self._settled,
             wants_reply=reply_to == DIRECT_REPLY_TO,
             repeatable=request.max_retry > 0,
+            message_id=properties["message_id"],
         )
         self._publisher.send([self._publishing])
 
@@ -313,7 +337,7 @@ class Caller:
 
     def _remind(self) -> None:
         self.due = min(self._expires, self._look_at)
-        self._stream.remind(self._hub, self.due)
+        self._stream.remind(self._publisher.hub, self.due)
 
     def _time_out(self) -> None:
         self._expires = self._look_at = self.due = math.inf

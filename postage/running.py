@@ -147,12 +147,12 @@ class Runner:
         context: contextvars.Context,
     ) -> Rest | None:
         """Call a handler in its context. Returns what is left of it, if anything is."""
-        call_it = partial(context.run, _call, delivery, call)
         if registration.threaded:
             self._subscriber.trust(delivery.queue, TRUST_AFTER)
+            call_it = partial(context.run, _call, delivery, call)
             return self._follow(delivery, registration, handler, call_it, context)
         try:
-            result = call_it()
+            result = context.run(_call, delivery, call)
         except StopIteration:
             raise Ended from None
         if result is None:

@@ -280,19 +280,26 @@ def _encode_publish(channel: int, exchange: str, key: str, mandatory: bool) -> b
     return b"".join((head, payload, b"\1\xce" if mandatory else b"\0\xce"))
 
 
-def encode_properties(properties: spec.BasicProperties | None) -> bytes:
+def encode_properties(properties: spec.BasicProperties | dict[str, Any] | None) -> bytes:
     """Return the flags and the properties of a message, as a header frame holds them.
+
+    Args:
+        properties: Of pika, or its keywords for them: in their order they need no object.
 
     Raises:
         Exception: Whatever pika raises: a value has no AMQP form, or a string is too long.
     """
     if properties is None:
         return b"\0\0"
-    if type(properties) is spec.BasicProperties:
-        try:
+    try:
+        if type(properties) is dict:
+            return _encode_properties(properties)
+        if type(properties) is spec.BasicProperties:
             return _encode_properties(vars(properties))
-        except Exception:  # pika may know better, or says what is wrong
-            pass
+    except Exception:  # pika may know better, or says what is wrong
+        pass
+    if isinstance(properties, dict):
+        properties = spec.BasicProperties(**properties)
     return b"".join(properties.encode())
 
 

@@ -627,15 +627,20 @@ def check_encodable(
         )
 
 
-def encoded_ahead(properties: pika.BasicProperties) -> pika.BasicProperties | bytes:
+def encoded_ahead(
+    properties: pika.BasicProperties | dict[str, Any],
+) -> pika.BasicProperties | bytes:
     """Return properties as they are written: once for many addresses, and by their sender.
 
-    What cannot be encoded is returned as it is: whoever writes it says so.
+    What cannot be encoded is returned as pika takes it: whoever writes it says so.
+
+    Args:
+        properties: Of pika, or its keywords for them (see `encode_properties()`).
     """
     try:
         return encode_properties(properties)
     except Exception:
-        return properties
+        return pika.BasicProperties(**properties) if isinstance(properties, dict) else properties
 
 
 def encoded_size(properties: pika.BasicProperties) -> int:

@@ -282,7 +282,7 @@ class Subscriber:
         self._unsettled: dict[int, None] = {}  # delivery tags of this channel, ascending
         self._acked: set[int] = set()
         self._decided: collections.deque[tuple[Delivery, Settlement]] = collections.deque()
-        self._collecting = False
+        self._collecting = self._flushing = False
         self._together = TOGETHER
         self._flush_timer: object | None = None
         self._stall_timer: object | None = None
@@ -376,7 +376,8 @@ class Subscriber:
 
     def flush(self) -> None:
         """Send what was decided as soon as somebody leads, and not only after ACK_DELAY."""
-        if self._decided:
+        if self._decided and not self._flushing:  # cleared as `_collecting` is
+            self._flushing = True
             self.hub.post(self._flush)
 
     def give_back(self, delivery: Delivery) -> None:
@@ -702,7 +703,7 @@ class Subscriber:
         if self._flush_timer is not None:
             self.hub.cancel(self._flush_timer)
             self._flush_timer = None
-        self._collecting = False
+        self._collecting = self._flushing = False
         channel = self._channel
         others: dict[int, Settlement] = {}
         touched: dict[_Consumer, int] = {}  # and how many of their present term
