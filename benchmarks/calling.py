@@ -89,8 +89,8 @@ def _many(count: int, in_flight: int, peers: Sequence[Peer]) -> Workload:
         cases.append(Case(f"the broker's ceiling, {kind}", work, base))
         work = _case(_raw_client, _raw_server, kind, count, PREFETCH, in_flight)
         cases.append(Case(base, work))
-        for prefetch in (PREFETCH, 10):
-            name = f"rpc_x(_future=True), {kind}, prefetch {prefetch}"
+        for prefetch in (PREFETCH, 0, 10):
+            name = f"rpc_x(_future=True), {kind}, prefetch {prefetch or 'adapts (default)'}"
             work = _case(_futures_client, _server, kind, count, prefetch, in_flight)
             is_goal = in_flight == 100 and prefetch == PREFETCH
             also = [Beside(rivals, Target(times) if is_goal else None)] if rivals else ()
@@ -105,7 +105,7 @@ def _case(
     server: Callable[[Callable[[], None], Job], None],
     kind: str,
     count: int,
-    prefetch: int = 10,
+    prefetch: int = 0,
     in_flight: int = 1,
 ) -> Callable[[str], Sample]:
     def measure(url: str) -> Sample:
@@ -296,7 +296,7 @@ def _raw_client(job: Job) -> Sample:
 
 class _Server(MessageProcessor):
     def __init__(self, job: Job) -> None:
-        self.prefetch = job.prefetch
+        self.prefetch = job.prefetch or None
         queue = Queue(job.queue, type=job.kind)
         super().__init__(FINGERPRINT, [(DefaultExchange, [(queue, job.queue)])])
 

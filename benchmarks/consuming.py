@@ -41,9 +41,10 @@ def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
         cases.append(Case(limit, _case(ceiling.deliver, kind, count, PREFETCH), base))
         cases.append(Case(base, _case(_raw_in_hundreds, kind, count, PREFETCH)))
         cases.append(Case(f"{base}, acks singly", _case(_raw_singly, kind, count, PREFETCH), base))
-        for prefetch, target in ((PREFETCH, Target(0.9)), (10, None), (1, None)):
-            work = _case(_processor, kind, count if prefetch > 1 else count // 10, prefetch)
-            name = f"MessageProcessor, {kind}, prefetch {prefetch}"
+        prefetches = ((PREFETCH, Target(0.9)), (0, None), (10, None), (1, None))
+        for prefetch, target in prefetches:
+            work = _case(_processor, kind, count if prefetch != 1 else count // 10, prefetch)
+            name = f"MessageProcessor, {kind}, prefetch {prefetch or 'adapts (default)'}"
             also = []
             if names and prefetch == PREFETCH:
                 also = [Beside(names, Target(2.5) if kind == "classic" else None)]
@@ -121,7 +122,7 @@ class _Processor(MessageProcessor):
 
     def __init__(self, job: Job) -> None:
         queue = Queue(job.queue, type=job.kind)
-        self.prefetch = job.prefetch
+        self.prefetch = job.prefetch or None
         self.count = job.count
         self.counted = 0
         self.watch = Stopwatch(job.url)

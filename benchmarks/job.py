@@ -24,7 +24,8 @@ class Job:
     """What a measurement is to do, for the processes that take part in it.
 
     ``kind`` is the type of the queue, "classic" or "quorum", both as postage declares them, or
-    "transient" for one without flags and arguments.
+    "transient" for one without flags and arguments. ``prefetch`` is 0 where
+    nobody says a number: a broker of AMQP sets no limit then, and postage adapts.
     """
 
     url: str

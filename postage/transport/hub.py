@@ -151,6 +151,11 @@ class _Loop(IOLoop):
         self._untried.pop(fd, None)
         super().remove_handler(fd)
 
+    @property
+    def has_untried(self) -> bool:
+        """Whether pika has something to write."""
+        return bool(self._untried)
+
     def push(self) -> None:
         """Write what pika has to write, as far as the sockets take it now."""
         while self._untried:
@@ -273,7 +278,7 @@ class Hub:
         self._calls: collections.deque[tuple[Callable[[], None], _Visit | None]]
         self._calls = collections.deque()
         self._unpushed = False  # something of ours ran since the last push and may have written
-        self._pushed = False  # there was a push since the last poll
+        self._pushed = False  # something was written since the last poll
         self._late = 0  # calls that have left it to others to push for them
         self._polled = time.monotonic()
         self._awake = False  # a byte is in the wake-up socket, or the leader is about to look
@@ -604,7 +609,7 @@ class Hub:
 
     def _push(self) -> None:
         """Write what waits to be written."""
-        self._pushed, self._late = True, 0
+        self._pushed, self._late = self._pushed or self.loop.has_untried, 0
         self._turn(self.loop.push)
 
     def _poll(self, limit: float | None = None) -> None:
