@@ -90,6 +90,13 @@ def test_what_was_written_is_read_again(value: Any) -> None:
     assert value == JsonEncoder.decode(text.encode())
 
 
+@given(values, st.text(" \t\r\n", min_size=1), st.text(" \t\r\n"))
+def test_space_around_json_does_no_harm(value: Any, before: str, after: str) -> None:
+    """It is read the longer way, as RFC 8259 (2) allows it."""
+    assert value == JsonEncoder.decode(before + JsonEncoder.encode(value) + after)
+    assert value == JsonEncoder.decode(JsonEncoder.encode(value) + before)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pika
 import pytest
@@ -663,6 +664,26 @@ def test_acks_leave_although_nobody_waits(reader: Reader, peer: Peer) -> None:
     reader.ack(*reader.take(3))
     # Nothing here touches the loop any more.
     wait_until(lambda: "0 unsettled" in repr(reader.subscriber))
+
+
+def test_acks_that_are_to_leave_at_once_ask_for_one_round(reader: Reader, peer: Peer) -> None:
+    """Several confirms that come together each ask for a flush; one takes all along."""
+    reader.bind(BOX)
+    reader.consume(BOX)
+    peer.send_numbers("box", *range(6))
+    deliveries = reader.take(6)
+    posted: list[object] = []
+    with mock.patch.object(reader.hub, "post", posted.append):
+        for delivery in deliveries[:3]:
+            reader.ack(delivery)
+            reader.subscriber.flush()
+    assert [reader.subscriber._collect, reader.subscriber._flush] == posted
+    reader.hub.call(reader.subscriber._flush)
+    reader.wait_for(lambda: "3 unsettled" in repr(reader.subscriber))
+    for delivery in deliveries[3:]:  # it can be asked for again after that
+        reader.ack(delivery)
+        reader.subscriber.flush()
+    reader.wait_for(lambda: "0 unsettled" in repr(reader.subscriber))
 
 
 def test_a_refused_message_goes_to_the_error_queue(reader: Reader, peer: Peer) -> None:

@@ -450,6 +450,26 @@ def test_properties_may_be_encoded_before(
     assert expected == written(Wire, [publishing(exchange, key, body, encoded, mandatory)])
 
 
+@settings(deadline=None, max_examples=300)
+@given(properties, st.booleans())
+def test_properties_may_be_the_keywords_of_pika(
+    some: pika.BasicProperties, in_order: bool
+) -> None:
+    """They are encoded alike, or with the same error, also if they are not in their order."""
+    names = list(vars(some)) if in_order else sorted(vars(some), reverse=True)
+    keywords = {name: getattr(some, name) for name in names}
+    expected, got = (encoded_or_error(each) for each in (some, keywords))
+    assert expected == got
+
+
+def encoded_or_error(some: pika.BasicProperties | dict[str, Any]) -> object:
+    """Return properties as they are written, or why they cannot be."""
+    try:
+        return frames.encode_properties(some)
+    except Exception as error:
+        return type(error), str(error)
+
+
 @pytest.mark.parametrize("length", [131_063, 131_064, 131_065, 262_128, 262_129, 1_000_000])
 def test_a_large_body_is_published_in_frames_of_the_agreed_size(length: int) -> None:
     """131,072 bytes, of which a frame itself takes 8."""
