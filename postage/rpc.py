@@ -74,10 +74,10 @@ _INT_MAX = 2**31 - 1
 class Request:
     """What a call sends, each time it sends it.
 
-    ``properties`` are all those of `pika.BasicProperties` that producers set, in their order;
-    the ones that belong to the call (correlation_id, reply_to, expiration) are None. ``queue``
-    is the single queue that the key leads to, where that is known. ``timeout`` is for each
-    attempt, in seconds.
+    ``properties`` are those of `pika.BasicProperties` without the ones that belong to the
+    call (correlation_id, reply_to, expiration). They are encoded fastest in their order, with
+    None where those go. ``queue`` is the single queue that the key leads to, where that is
+    known. ``timeout`` is for each attempt, in seconds.
     """
 
     exchange: ExchangeSpec
@@ -271,7 +271,7 @@ class Caller:
         milliseconds = min(round(request.timeout * 1000), _INT_MAX)
         properties = {
             **request.properties,
-            "headers": {**(request.properties["headers"] or {}), TIMEOUT_HEADER: milliseconds},
+            "headers": {**(request.properties.get("headers") or {}), TIMEOUT_HEADER: milliseconds},
             "correlation_id": self._id,
             "reply_to": reply_to,
             "expiration": str(milliseconds),  # nobody waits for the reply after that
@@ -287,7 +287,7 @@ class Caller:
             settled=self._settled,
             wants_reply=reply_to == DIRECT_REPLY_TO,
             repeatable=request.max_retry > 0,
-            message_id=properties["message_id"],
+            message_id=properties.get("message_id"),
         )
         self._publisher.send([self._publishing])
 
