@@ -425,6 +425,7 @@ def work_takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr("postage.prefetch.AHEAD", ahead)
 
     monkeypatch.setattr("postage.prefetch.RECOVERY", 0.0)
+    monkeypatch.setattr("postage.transport.subscriber.STALL", 60.0)
     return take
 
 
