@@ -202,6 +202,7 @@ class Mover:
             printable(why),
             trouble,
         )
+        self._consumer.subscriber.trust(delivery.queue)  # others shall not wait for this one
         yield sleep(PAUSE)
         self._consumer.reject(delivery, requeue=True)
         return False
