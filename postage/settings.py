@@ -11,14 +11,16 @@ These variables are read, each time that settings are asked for:
     verify_none) and server_name_indication.
 ``POSTAGE_HOST``, ``POSTAGE_PORT``, ``POSTAGE_VHOST``, ``POSTAGE_USER``, ``POSTAGE_PASSWORD``
     what the URL does not say. The host may be several, with or without ports.
-``POSTAGE_TLS_CA_FILE``, ``POSTAGE_TLS_CERT_FILE``, ``POSTAGE_TLS_KEY_FILE``,
-``POSTAGE_TLS_KEY_PASSWORD``, ``POSTAGE_TLS_SERVER_NAME``, ``POSTAGE_TLS_VERIFY``
+``POSTAGE_TLS_CA_FILE``, ``POSTAGE_TLS_CERT_FILE``, ``POSTAGE_TLS_KEY_FILE``
     how TLS is spoken, where the query does not say it; see `TlsOptions`.
+``POSTAGE_TLS_KEY_PASSWORD``, ``POSTAGE_TLS_SERVER_NAME``, ``POSTAGE_TLS_VERIFY``
+    the same.
 ``POSTAGE_RMQ_USER``, ``POSTAGE_RMQ_PASSWORD``
     deprecated names of the last two.
-``POSTAGE_COMPAT``, ``POSTAGE_QUEUE_TYPE``, ``POSTAGE_ERROR_QUEUE``, ``POSTAGE_ON_MISMATCH``,
-``POSTAGE_DEBUG_MODE``
+``POSTAGE_COMPAT``, ``POSTAGE_QUEUE_TYPE``, ``POSTAGE_ERROR_QUEUE``, ``POSTAGE_ON_MISMATCH``
     see the functions at the end.
+``POSTAGE_DEBUG_MODE``
+    the same.
 
 An empty variable counts as none. No error shows a value that may be, or be taken for, a
 password: a damaged URL is described by its place, never quoted.
