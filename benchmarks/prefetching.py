@@ -191,7 +191,7 @@ def _run(job: Job, instances: int) -> list[list[Handled]]:
         while sum(counts) < job.count:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{sum(counts)} of {job.count} messages in {DEADLINE_SECONDS} s")
-            time.sleep(0.02)
+            time.sleep(0.02)  # the workers have the cores
         over.set()
         return [receiver.recv() for receiver in pipes]
 
@@ -263,7 +263,7 @@ class _Crashing(MessageProcessor):
 
     @MessageHandler("command", "work")
     def msg_work(self, _content: Any) -> None:
-        time.sleep(0.0005)
+        time.sleep(0.0005)  # so that messages wait when the poison comes
 
     @MessageHandler("command", "poison")
     def msg_poison(self, _content: Any) -> None:

@@ -16,7 +16,8 @@ from benchmarks import broker, ceiling, cpu
 from benchmarks.broker import Job
 from benchmarks.children import in_child, service
 from benchmarks.envelope import FINGERPRINT
-from benchmarks.measuring import Case, Point, Sample, Stopwatch, Workload, percentile
+from benchmarks.growing import Counter
+from benchmarks.measuring import Case, Point, Sample, Workload, percentile
 from postage.messaging import (
     DefaultExchange,
     GenericProducer,
@@ -24,7 +25,6 @@ from postage.messaging import (
     MessageProcessor,
     Queue,
 )
-from postage.microthreads import ExitScheduler
 from tests.waiting import wait_until
 
 PROCESSES = (1, 2, 4, 8)
@@ -206,17 +206,13 @@ def _station(ready: Callable[[], None], job: Job, target: str, outbox: bool) -> 
     station.start_consuming()
 
 
-class _Terminus(MessageProcessor):
+class _Terminus(Counter):
     """Notes how long the first messages took, and how fast the others come."""
 
     def __init__(self, job: Job, few: int) -> None:
-        self.prefetch = job.prefetch
         self.few = few
-        self.expected = job.count
         self.milliseconds: list[float] = []
-        self.counted = 0
-        self.watch = Stopwatch(job.url)
-        super().__init__(FINGERPRINT, _eqk(job))
+        super().__init__(job)
 
     @MessageHandler("command", "echo")
     def msg_echo(self, content: Any) -> None:
@@ -224,12 +220,7 @@ class _Terminus(MessageProcessor):
             sent = content["parameters"]["at"]
             self.milliseconds.append((time.perf_counter() - sent) * 1000)
             return
-        if not self.counted:
-            self.watch.start()
-        self.counted += 1
-        if self.counted == self.expected:
-            self.watch.stop()
-            raise ExitScheduler
+        self.count()
 
 
 def _terminus(job: Job, few: int) -> Sample:

@@ -18,6 +18,7 @@ from benchmarks.measuring import Sample, Stopwatch
 from benchmarks.peers import protocol
 
 if protocol.is_service() and protocol.job().prefetch:
+    # Its name has small letters, and dramatiq reads it when it is imported.
     os.environ["dramatiq_queue_prefetch"] = str(protocol.job().prefetch)  # noqa: SIM112
 
 import dramatiq

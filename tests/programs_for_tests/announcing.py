@@ -10,7 +10,7 @@ from postage.microthreads import sleep
 
 
 class Announcing(MessageProcessor):
-    """Prints "ready" when every queue is consumed. To be put before other bases."""
+    """Prints that it is ready when every queue is consumed. To be put before other bases."""
 
     announced = False
 
@@ -19,5 +19,8 @@ class Announcing(MessageProcessor):
             if not self.consumer.subscriber.consuming:
                 return sleep(0.01)
             self.announced = True
-            print("ready", flush=True)
+            print(self.announcement(), flush=True)
         return super().step()
+
+    def announcement(self) -> str:
+        return "ready"

@@ -18,6 +18,7 @@ from typing import Any
 from postage.generic_application import GenericApplication
 from postage.messaging import AckAndRestart, Fingerprint, MessageHandler, RpcHandler
 from postage.microthreads import MicroScheduler, sleep
+from tests.programs_for_tests.announcing import Announcing
 
 
 def say(text: str) -> None:
@@ -25,18 +26,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-class Restarting(GenericApplication):
+class Restarting(Announcing, GenericApplication):
     """Restarts in all the ways that there are."""
 
-    announced = False
-
-    def step(self) -> Any:
-        if not self.announced:
-            if not self.consumer.subscriber.consuming:
-                return sleep(0.01)
-            self.announced = True
-            say(f"ready {self.name}")
-        return super().step()
+    def announcement(self) -> str:
+        return f"ready {self.name}"
 
     def leave(self) -> Any:
         say("leaving")

@@ -527,7 +527,10 @@ def test_without_the_seams_messages_are_published_the_way_of_pika(
     monkeypatch.setattr(frames, "encode_message", None)
     monkeypatch.setattr(frames, "encode_ack", None)
     publish = publishing("", "key", b"body", some, True)
-    ack = lambda peer: peer.channels[0].basic_ack(1, True)  # noqa: E731
+
+    def ack(peer: Any) -> None:
+        peer.channels[0].basic_ack(1, True)
+
     expected = written(pika.SelectConnection, [publish, publish, ack])
     assert expected == written(Wire, [publish, publishing("", "key", b"body", encoded, True), ack])
 
