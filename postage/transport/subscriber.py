@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a decided ack may wait for others to go with it.
 ACK_DELAY = 0.01
-#: Settlements that are worth a round of the loop of their own, while messages wait to be handled.
+#: Settlements that are worth a round of the loop of their own, while messages wait to be handled,
+#: if half of the prefetch is not more.
 TOGETHER = 16
 #: Seconds after which a message that nobody started goes back to its queue. RabbitMQ's
 #: consumer_timeout (30 minutes by default) counts from the delivery, not from the start.
@@ -155,12 +156,15 @@ class _Consumer:
         since: Until when its work has been measured, on the monotonic clock.
         done, size, repeated: What a flush has settled of it: messages, bytes of their bodies,
             and how many of them had been delivered before.
+        enough: How many of them in hand are worth a flush: half, so that the broker goes on
+            meanwhile, or all while another prefetch is wanted, which takes effect only then.
     """
 
     __slots__ = (
         "after",
         "delivered",
         "done",
+        "enough",
         "is_changing",
         "is_resting",
         "live",
@@ -187,6 +191,7 @@ class _Consumer:
         self.delivered = self.settled = self.after = 0
         self.since = 0.0
         self.done = self.size = self.repeated = 0
+        self.enough = 1
         self.tag: str | None = None
         self.live = False  # the broker said consume-ok
         self.is_changing = False  # cancelled by us, to be begun anew
@@ -204,9 +209,15 @@ class _Consumer:
         """Whether all of its prefetch is in hand: nothing is on its way."""
         return self.delivered - self.settled >= self.prefetch.count
 
+    @property
+    def is_pressing(self) -> bool:
+        """Whether the broker is about to wait for its settlements."""
+        return self.delivered - self.settled >= self.enough
+
     def begins(self, after: int) -> None:
         """Take note that the broker is asked for a consumer."""
         self.after, self.settled = after, self.delivered
+        self.enough = (self.prefetch.count + 1) // 2
         self.is_changing, self.resume = False, None
 
     def ended(self) -> None:
@@ -375,8 +386,14 @@ class Subscriber:
             self.hub.post(lambda: self._trust(consumer, after))
 
     def flush(self) -> None:
-        """Send what was decided as soon as somebody leads, and not only after ACK_DELAY."""
-        if self._decided and not self._flushing:  # cleared as `_collecting` is
+        """Send what was decided as soon as somebody leads, if the broker is about to wait for it.
+
+        Else it leaves within ACK_DELAY, with all that is decided until then: each write costs
+        both sides more than what is in it.
+        """
+        if self._flushing or not self._decided:  # cleared as `_collecting` is
+            return
+        if any(each.is_pressing for each in tuple(self._consumers.values())):
             self._flushing = True
             self.hub.post(self._flush)
 
@@ -530,8 +547,7 @@ class Subscriber:
             )
 
         consumer.begins(next(reversed(self._unsettled), 0))
-        counts = [each.prefetch.count for each in self._consumers.values()]
-        self._together = max(TOGETHER, *(count // 2 for count in counts))
+        self._gather()
         consumer.tag = f"postage-{next(_tags)}-{name}"[:250]
         with attempting(f"consume queue {name!r}"):
             yield consume
@@ -770,12 +786,19 @@ class Subscriber:
         give back. And pika writes one request at a time: while an answer is due, an
         ack would overtake the cancel, so the next settlement has to do.
         """
-        if not (consumer.live and consumer.is_full and self._may_ask()):
-            return
-        count = consumer.prefetch.wanted(now)
-        if count != consumer.prefetch.count:
+        count, present = consumer.prefetch.wanted(now), consumer.prefetch.count
+        if count != present and consumer.live and consumer.is_full and self._may_ask():
             consumer.prefetch.change(count, now)
             self._begin_anew(channel, consumer)
+            return
+        enough = (present + 1) // 2 if count == present else present
+        if enough != consumer.enough:
+            consumer.enough = enough
+            self._gather()
+
+    def _gather(self) -> None:
+        """Set how many settlements go together."""
+        self._together = max([TOGETHER, *(each.enough for each in self._consumers.values())])
 
     def _may_ask(self) -> bool:
         """Tell whether a request would be written at once, because no answer is due."""
