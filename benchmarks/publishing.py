@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import pika
 from pika.channel import Channel
 
-from benchmarks import broker, ceiling, raw
+from benchmarks import broker, ceiling, cpu, raw
 from benchmarks.broker import Job
 from benchmarks.children import in_child
 from benchmarks.envelope import FINGERPRINT, envelope, numbers, parameters
@@ -47,6 +48,12 @@ def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
         base = f"pika BlockingConnection, {kind}"
         single.append(Case(base, _case(_blocking, kind, some)))
         single.append(Case(f"message_x(), {kind}", _case(_one_by_one, kind, some), base))
+    if cpu.can_be_apart():
+        limit = "the broker's ceiling, quorum, cores apart"
+        work = _case(ceiling.publish, "quorum", many, apart=True)
+        batch.append(Case(limit, work))
+        work = _case(_batch, "quorum", many, apart=True)
+        batch.append(Case("batch(), quorum, cores apart", work, limit, Target(0.85)))
     for peer in peers:
         batch.append(cases.publish_many(peer, many))
         if peer.confirms != "never":
@@ -57,12 +64,17 @@ def workloads(scale: float, peers: Sequence[Peer] = ()) -> list[Workload]:
     ]
 
 
-def _case(function: Callable[[Job], Sample], kind: str, count: int) -> Any:
-    return partial(_measure, function, kind, count)
+def _case(
+    function: Callable[[Job], Sample], kind: str, count: int, apart: bool = False
+) -> Callable[[str], Sample]:
+    return partial(_measure, function, kind, count, apart)
 
 
-def _measure(function: Callable[[Job], Sample], kind: str, count: int, url: str) -> Sample:
-    with broker.job(url, kind, count) as job:
+def _measure(
+    function: Callable[[Job], Sample], kind: str, count: int, apart: bool, url: str
+) -> Sample:
+    cores = cpu.apart(url) if apart else contextlib.nullcontext()
+    with broker.job(url, kind, count) as job, cores:
         sample: Sample = in_child(function, job)
         return sample
 
