@@ -9,6 +9,7 @@ run in three steps: *build* the message, *compose* it with its pairs and propert
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -67,6 +68,7 @@ from postage.transaction import Transaction
 from postage.transport import connection as connections
 from postage.transport import hub as hubs
 from postage.transport.connection import Connection
+from postage.transport.frames import encode_plain_properties
 from postage.transport.publisher import Publisher, check_encodable
 from postage.transport.replies import ReplyStream
 
@@ -359,15 +361,7 @@ class GenericProducer:
         builder = vars(self).get(custom)
         if builder is not None:
             return cast(Builder, builder)
-        is_rpc = command is not MessageCommand
-        verb = name.removeprefix("rpc_" if is_rpc else "message_")
-        known = _RPC_KEYWORDS if is_rpc else _MESSAGE_KEYWORDS
-
-        def build(*args: Any, **kwds: Any) -> Message:
-            _refuse_unknown(name, kwds, known)
-            return command(verb, command_parameters(args, kwds))
-
-        return build
+        return _command_builder(name, command is RpcCommand)
 
     def _message_send(self, /, *args: Any, _callable: Builder, **kwds: Any) -> Any:
         future = bool(kwds.pop("_future", False))
@@ -392,12 +386,14 @@ class GenericProducer:
             kind = (body.get("type"), body.get("name"))
             addresses = tuple((exchange.name, key) for exchange, key in pairs)
             special = {**special, "_message_id": outbox.message_id(kind, addresses)}
+        message_id = special.get("_message_id") or new_message_id()
         encoded_body = self._encode(body)
         _show(encoded_body, pairs)
         return Composed(
             encoded_body,
-            self._build_message_properties(special, pairs),
+            self._build_message_properties(special, pairs, message_id),
             pairs,
+            message_id,
             mandatory=bool(special.get("_mandatory", self.mandatory)),
             confirm=bool(special.get("_confirm", self.confirm)),
             timeout=_seconds("publish_timeout", self.publish_timeout)
@@ -471,7 +467,7 @@ class GenericProducer:
             key,
             body,
             # Transient by default: it is sent again.
-            self._properties(special, [pair], headers, bool(special.get("_persistent"))),
+            self._properties(special, [pair], headers, 2 if special.get("_persistent") else 1),
             timeout=float(timeout),
             max_retry=self.max_retry if retries is None else max(0, int(retries)),
             mandatory=bool(special.get("_mandatory", True)),
@@ -490,6 +486,7 @@ class GenericProducer:
                 request.body,
                 properties,
                 [(request.exchange, request.key)],
+                properties.message_id,
                 mandatory=request.mandatory,
                 confirm=True,
                 timeout=self.publish_timeout,
@@ -576,11 +573,20 @@ class GenericProducer:
         self,
         special: Mapping[str, Any] | None = None,
         pairs: Sequence[tuple[Any, str]] = (),
-    ) -> pika.BasicProperties:
+        message_id: str | None = None,
+    ) -> pika.BasicProperties | bytes:
+        """Return the properties of a message; encoded if it has an id and nothing special."""
         conversation, headers = lineage()
         special = special or _NOTHING
-        persistent = special.get("_persistent", self.persistent)
-        properties = self._properties(special, pairs, headers, bool(persistent))
+        mode = 2 if special.get("_persistent", self.persistent) else 1  # AMQP 0-9-1: persistent
+        app_id = self._app_id()
+        is_plain = not (special or headers or conversation) and message_id is not None
+        if is_plain and not _is_long(app_id, pairs):
+            content_type = self.encoder.content_type or None
+            return encode_plain_properties(
+                content_type, mode, str(message_id), int(time.time()), app_id
+            )
+        properties = self._properties(special, pairs, headers, mode, message_id)
         properties["correlation_id"] = conversation
         if special:
             properties["correlation_id"] = _correlation_id_of(special) or conversation
@@ -592,20 +598,20 @@ class GenericProducer:
         special: Mapping[str, Any],
         pairs: Sequence[tuple[Any, str]],
         headers: Mapping[str, Any],
-        persistent: bool,
+        delivery_mode: int,
+        message_id: str | None = None,
     ) -> dict[str, Any]:
         """Return the properties of a message, in their order (AMQP 0-9-1, 4.2.6.1)."""
-        name = self.fingerprint.get("name")
-        app_id = None if name is None else str(name)
+        app_id = self._app_id()
         properties: dict[str, Any] = {
             "content_type": self.encoder.content_type or None,
             "headers": None,
-            "delivery_mode": 2 if persistent else 1,  # AMQP 0-9-1: 2 is persistent
+            "delivery_mode": delivery_mode,
             "priority": None,
             "correlation_id": None,
             "reply_to": None,
             "expiration": None,
-            "message_id": special.get("_message_id") or new_message_id(),
+            "message_id": message_id or special.get("_message_id") or new_message_id(),
             "timestamp": int(time.time()),
             "app_id": app_id,
         }
@@ -614,16 +620,17 @@ class GenericProducer:
             properties["priority"] = _priority_of(special)
         if headers:
             properties["headers"] = dict(headers)
-        doubtful = bool(headers) or "_message_id" in special or len(app_id or "") > _SHORT
-        for _exchange, key in pairs:
-            doubtful |= len(key) > _SHORT
-        if doubtful:
+        if headers or "_message_id" in special or _is_long(app_id, pairs):
             if not _DELAYS.isdisjoint(special):  # there must be room for what they add
                 headers = {**(headers or {}), **MOST_HEADERS}
             checked = pika.BasicProperties(**{**properties, "headers": headers})
             for _exchange, key in pairs:
                 check_encodable(key, checked)
         return properties
+
+    def _app_id(self) -> str | None:
+        name = self.fingerprint.get("name")
+        return None if name is None else str(name)
 
     def _encode(self, body: Mapping[str, Any]) -> bytes:
         return encoded(self.encoder, body)
@@ -693,6 +700,27 @@ class GenericProducer:
         path = Path(filepath)
         with path.open(encoding="utf-8") as lines:
             return {"name": path.name, "content": list(lines)}
+
+
+def _is_long(app_id: str | None, pairs: Iterable[tuple[Any, str]]) -> bool:
+    """Tell whether a text of a message may be too long for AMQP, and is to be looked at."""
+    for _exchange, key in pairs:
+        if len(key) > _SHORT:
+            return True
+    return app_id is not None and len(app_id) > _SHORT
+
+
+@functools.lru_cache(maxsize=1000)
+def _command_builder(name: str, is_rpc: bool) -> Builder:
+    command = RpcCommand if is_rpc else MessageCommand
+    verb = name.removeprefix("rpc_" if is_rpc else "message_")
+    known = _RPC_KEYWORDS if is_rpc else _MESSAGE_KEYWORDS
+
+    def build(*args: Any, **kwds: Any) -> Message:
+        _refuse_unknown(name, kwds, known)
+        return command(verb, command_parameters(args, kwds))
+
+    return build
 
 
 def _show(body: bytes, pairs: Iterable[tuple[Any, str]]) -> None:
@@ -778,6 +806,8 @@ def _correlation_id_of(special: Mapping[str, Any]) -> str | None:
 
 
 def _seconds(what: str, value: Any, negative: bool = False) -> float:
+    if type(value) is float and 0.0 <= value < math.inf:
+        return value
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))

@@ -311,13 +311,13 @@ def schedule(
             f"a schedule has one goal, and eks has {len(composed.pairs)}: give _key, _queue or "
             "_eks with one pair, or schedule a message for each"
         )
-    if copies := sorted(_COPIES & (composed.properties.headers or {}).keys()):
+    if copies := sorted(_COPIES & (composed.loose_properties.headers or {}).keys()):
         raise ConfigurationError(f"header {copies[0]!r} would have a schedule delivered at once")
     [(exchange, key)] = composed.pairs
     at, seconds = composed.wait.at, composed.wait.seconds()
     due = at.astimezone(timezone.utc) if at and seconds else _now() + timedelta(seconds=seconds)
     hold = Hold(at=due, id=uuid.uuid4().hex, exchange=exchange, key=key)
-    with_ours = copy.copy(composed.properties)
+    with_ours = copy.copy(composed.loose_properties)
     with_ours.headers = {**(with_ours.headers or {}), **hold.headers()}
     check_encodable(key, with_ours)
     composed.pairs = [(_DEFAULT, HOLDING.format(id=hold.id))]

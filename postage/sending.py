@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class Composed:
     """A message that is ready to be sent: its body, its properties and its pairs.
 
-    ``outbox`` is where it waits until the handler that sends it has succeeded, if anywhere,
-    and ``wait`` how long it waits in the broker from then on.
+    The properties are encoded already if there is nothing special about them. ``outbox`` is
+    where it waits until the handler that sends it has succeeded, if anywhere, and ``wait`` how
+    long it waits in the broker from then on.
     """
 
     __slots__ = (
@@ -47,8 +48,9 @@ class Composed:
     def __init__(
         self,
         body: bytes,
-        properties: pika.BasicProperties,
+        properties: pika.BasicProperties | bytes,
         pairs: Sequence[tuple[ExchangeSpec, str]],
+        message_id: str,
         *,
         mandatory: bool,
         confirm: bool,
@@ -64,7 +66,13 @@ class Composed:
         self.timeout = timeout
         self.outbox = outbox
         self.wait = wait
-        self.message_id: str = properties.message_id
+        self.message_id = message_id
+
+    @property
+    def loose_properties(self) -> pika.BasicProperties:
+        """The properties of one that waits in the broker, which takes some of them."""
+        assert not isinstance(self.properties, bytes)
+        return self.properties
 
     def publishings(self, settled: Callable[[Publishing], None]) -> list[Publishing]:
         """Return one publishing for each pair."""

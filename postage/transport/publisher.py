@@ -628,15 +628,17 @@ def check_encodable(
 
 
 def encoded_ahead(
-    properties: pika.BasicProperties | dict[str, Any],
+    properties: pika.BasicProperties | dict[str, Any] | bytes,
 ) -> pika.BasicProperties | bytes:
     """Return properties as they are written: once for many addresses, and by their sender.
 
     What cannot be encoded is returned as pika takes it: whoever writes it says so.
 
     Args:
-        properties: Of pika, or its keywords for them (see `encode_properties()`).
+        properties: Of pika, or its keywords for them (see `encode_properties()`), or encoded.
     """
+    if isinstance(properties, bytes):
+        return properties
     try:
         return encode_properties(properties)
     except Exception:

@@ -431,6 +431,19 @@ def publishing(*what: Any) -> Callable[[Peer], None]:
 
 
 @settings(deadline=None, max_examples=300)
+@given(
+    content_type=st.none() | shorts,
+    delivery_mode=octets,
+    message_id=shorts,
+    timestamp=st.integers(0, 2**64 - 1),
+    app_id=st.none() | shorts,
+)
+def test_plain_properties_are_encoded_as_by_pika(**values: Any) -> None:
+    """Also those that begin or end with nothing."""
+    expected = b"".join(pika.BasicProperties(**values).encode())
+    assert expected == frames.encode_plain_properties(**values)
+
+
 @given(st.lists(publishings, max_size=5))
 def test_what_is_published_has_the_bytes_that_pika_would_send(some: list[Any]) -> None:
     """Or the error that pika raises, and then nothing is sent."""
