@@ -77,8 +77,8 @@ def workloads(scale: float) -> list[Workload]:
                 cases.append(Case(name, work, None if name == base else base))
     crashes = [Case(_named(each), partial(_crash_loop, each)) for each in PREFETCHES]
     return [
-        Workload("prefetch", "Prefetch, by what handlers take and by instances", cases),
-        Workload("crashes", f"One of {INNOCENT} messages ends the process", crashes),
+        Workload("prefetch", "Prefetch, by what handlers take and by instances", cases, rounds=1),
+        Workload("crashes", f"One of {INNOCENT} messages ends the process", crashes, rounds=1),
     ]
 
 

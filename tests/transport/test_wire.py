@@ -430,7 +430,7 @@ def publishing(*what: Any) -> Callable[[Peer], None]:
     return lambda peer: peer.channels[0].basic_publish(*what)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     content_type=st.none() | shorts,
     delivery_mode=octets,
@@ -444,6 +444,7 @@ def test_plain_properties_are_encoded_as_by_pika(**values: Any) -> None:
     assert expected == frames.encode_plain_properties(**values)
 
 
+@settings(deadline=None, max_examples=300)
 @given(st.lists(publishings, max_size=5))
 def test_what_is_published_has_the_bytes_that_pika_would_send(some: list[Any]) -> None:
     """Or the error that pika raises, and then nothing is sent."""
