@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from typing import Any
 
@@ -10,10 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postage.messaging import Handler, MessageHandler, MessageProcessor
+from postage.messaging import Handler, MessageHandler, MessageProcessor, Queue
 from postage.prefetch import AHEAD, DEFAULT, MOST, MOST_BYTES, RECOVERY, Prefetch, is_plain
+from tests.parked import bodies, opened, ready
+from tests.programs import Program
 from tests.programs_for_tests.components import Running, Sender, eqk_of
 from tests.waiting import wait_until
+
+#: Seconds after which a program counts as hanging.
+DEADLINE_SECONDS = 120.0
 
 costs = st.floats(0.0, 100.0)
 
@@ -261,3 +267,29 @@ def test_the_prefetch_of_a_component_adapts_if_its_handlers_take_turns_and_nobod
     with Running(own):
         wait_until(lambda: own.count == 3000)
         assert is_expected(own.health().prefetch)
+
+
+def test_only_the_message_that_ends_the_process_is_parked(broker_url: str) -> None:
+    """The broker counts deliveries of all that is in hand, but then they come one by one."""
+    numbers = range(300)
+    box = Queue("box", delivery_limit=3).spec()
+    handled: set[int] = set()
+
+    def ends_in_order() -> bool:
+        with Program(["-m", "tests.programs_for_tests.crashing", box.name]) as program:
+            code = program.wait(DEADLINE_SECONDS)
+        handled.update(map(int, program.stdout))
+        return code == 0
+
+    with opened(broker_url) as channel:
+        channel.queue_declare(box.name, durable=True, arguments=dict(box.arguments))
+        with Sender() as sender, sender.batch() as batch:
+            for number in numbers:
+                if number == 100:
+                    batch.message_crash(_queue=box.name)
+                batch.message_work(number, _queue=box.name)
+            batch.message_quit(_queue=box.name)
+        wait_until(ends_in_order, DEADLINE_SECONDS)
+        wait_until(lambda: ready(channel, "box.error"))
+        assert ["crash"] == [json.loads(body)["name"] for body in bodies(channel, "box.error")]
+    assert set(numbers) == handled
