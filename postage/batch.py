@@ -56,6 +56,7 @@ class Batch:
         self._producer = producer
         self._publisher = producer._open()
         self._chunk: collections.deque[Publishing] = collections.deque()
+        self._methods: dict[str, Callable[..., None]] = {}  # those that were called by now
         self._collecting = self._calling = False
         self._sent = 0
         self._open = self._in_outbox = False
@@ -77,6 +78,7 @@ class Batch:
         _trace: TracebackType | None,
     ) -> None:
         self._open = False
+        self._methods.clear()  # they refer to us
         if self._publisher.hub.pid != os.getpid():
             if kind is None:
                 self._check_fork()
@@ -99,7 +101,11 @@ class Batch:
                 f"a {self._noun} has no attribute {name!r}: "
                 "it sends with message_*, message and forward"
             )
-        return partial(self._build_and_send, self._producer._builder(name, MessageCommand))
+        method = self._methods.get(name)
+        if method is None:
+            builder = self._producer._builder(name, MessageCommand)
+            method = self._methods[name] = partial(self._build_and_send, builder)
+        return method
 
     def message(self, /, *args: Any, **kwds: Any) -> None:
         """Send a generic message, as `GenericProducer.message()`."""
