@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -170,5 +171,7 @@ class _Progress:
 
 
 if __name__ == "__main__":
+    # Programs shall start as users start them: with modules that were compiled before.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no program is left behind
     sys.exit(main())

@@ -214,6 +214,11 @@ class _Consumer:
         """Whether the broker is about to wait for its settlements."""
         return self.delivered - self.settled >= self.enough
 
+    @property
+    def is_to_change(self) -> bool:
+        """Whether another prefetch is wanted."""
+        return self.enough == self.prefetch.count > 1
+
     def begins(self, after: int) -> None:
         """Take note that the broker is asked for a consumer."""
         self.after, self.settled = after, self.delivered
@@ -294,6 +299,8 @@ class Subscriber:
         self._acked: set[int] = set()
         self._decided: collections.deque[tuple[Delivery, Settlement]] = collections.deque()
         self._collecting = self._flushing = False
+        self._is_urgent = False  # a settlement is decided that is not of a request
+        self._flushed = 0.0  # when that was done, on the monotonic clock
         self._together = TOGETHER
         self._flush_timer: object | None = None
         self._stall_timer: object | None = None
@@ -366,6 +373,8 @@ class Subscriber:
     def settle(self, delivery: Delivery, settlement: Settlement) -> None:
         """Decide about a delivery. It goes out soon, together with others."""
         self._decided.append((delivery, settlement))
+        if delivery.properties.reply_to is None:
+            self._is_urgent = True
         if not self._collecting:  # cleared before the next flush looks at what was decided
             self._collecting = True
             self.hub.post(self._collect)
@@ -386,14 +395,19 @@ class Subscriber:
             self.hub.post(lambda: self._trust(consumer, after))
 
     def flush(self) -> None:
-        """Send what was decided as soon as somebody leads, if the broker is about to wait for it.
+        """Send what was decided as soon as somebody leads, and not only after ACK_DELAY.
 
-        Else it leaves within ACK_DELAY, with all that is decided until then: each write costs
-        both sides more than what is in it.
+        Two may wait for that, unless the broker is about to wait for them. Those of requests:
+        their callers have the replies, and each write costs both sides more than what is in it.
+        And those that come thick and fast while another prefetch is wanted.
         """
         if self._flushing or not self._decided:  # cleared as `_collecting` is
             return
-        if any(each.is_pressing for each in tuple(self._consumers.values())):
+        consumers = tuple(self._consumers.values())
+        is_urgent = self._is_urgent
+        if is_urgent and any(each.is_to_change for each in consumers):
+            is_urgent = time.monotonic() - self._flushed > ACK_DELAY
+        if is_urgent or any(each.is_pressing for each in consumers):
             self._flushing = True
             self.hub.post(self._flush)
 
@@ -719,7 +733,8 @@ class Subscriber:
         if self._flush_timer is not None:
             self.hub.cancel(self._flush_timer)
             self._flush_timer = None
-        self._collecting = self._flushing = False
+        self._collecting = self._flushing = self._is_urgent = False
+        self._flushed = time.monotonic()
         channel = self._channel
         others: dict[int, Settlement] = {}
         touched: dict[_Consumer, int] = {}  # and how many of their present term
@@ -763,7 +778,7 @@ class Subscriber:
 
     def _account(self, channel: Channel, touched: dict[_Consumer, int]) -> None:
         """Take account of what is about to be settled. See `Prefetch`."""
-        now = time.monotonic()
+        now = self._flushed
         is_progress = False
         for consumer, settled in touched.items():
             if consumer.done:

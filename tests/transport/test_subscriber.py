@@ -414,6 +414,55 @@ def test_several_slow_starts_redeliver_nothing(
         wait_until(lambda: prefetches(node, settings) == expected)
 
 
+# ---------------------------------------------------------------- when settlements leave
+
+
+def test_the_ack_of_an_idle_consumer_leaves_at_once(
+    settings: Settings, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that little comes twice if the process is killed."""
+    monkeypatch.setattr("postage.transport.subscriber.ACK_DELAY", 2 * DEADLINE)
+    with Reader(settings) as reader:
+        reader.bind(BOX)
+        reader.consume(BOX)
+        for number in range(3):
+            peer.send_numbers(BOX.name, number)
+            reader.ack(*reader.take())
+            reader.subscriber.flush()
+            reader.wait_for(lambda: reader.subscriber.health().in_flight == 0)
+
+
+def test_the_acks_of_requests_leave_together(
+    settings: Settings, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the broker has to wait for them, which has delivered half of the prefetch."""
+    monkeypatch.setattr("postage.transport.subscriber.ACK_DELAY", 2 * DEADLINE)
+    request = pika.BasicProperties(reply_to="someone")
+    in_flight = []
+    with Reader(settings, prefetch=10) as reader:
+        reader.bind(BOX)
+        reader.consume(BOX)
+        for _ in range(10):
+            peer.channel.basic_publish("", BOX.name, b"", request)
+            reader.ack(*reader.take())
+            reader.subscriber.flush()
+            reader.hub.wait(lambda: True, first=lambda: None)  # what was posted before is done
+            in_flight.append(reader.subscriber.health().in_flight)
+    assert [1, 2, 3, 4, 0] * 2 == in_flight
+
+
+def test_the_acks_of_requests_do_not_wait_for_long(settings: Settings, peer: Peer) -> None:
+    """None of the others may come."""
+    with Reader(settings, prefetch=10) as reader:
+        reader.bind(BOX)
+        reader.consume(BOX)
+        request = pika.BasicProperties(reply_to="someone")
+        peer.channel.basic_publish("", BOX.name, b"", request)
+        reader.ack(*reader.take())
+        reader.subscriber.flush()
+        reader.wait_for(lambda: reader.subscriber.health().in_flight == 0)
+
+
 # ----------------------------------------------------------------- prefetch that adapts
 
 
