@@ -9,6 +9,7 @@ run in three steps: *build* the message, *compose* it with its pairs and propert
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -583,9 +584,10 @@ class GenericProducer:
         is_plain = not (special or headers or conversation) and message_id is not None
         if is_plain and not _is_long(app_id, pairs):
             content_type = self.encoder.content_type or None
-            return encode_plain_properties(
-                content_type, mode, str(message_id), int(time.time()), app_id
-            )
+            with contextlib.suppress(Exception):  # whoever writes the message says what is wrong
+                return encode_plain_properties(
+                    content_type, mode, str(message_id), int(time.time()), app_id
+                )
         properties = self._properties(special, pairs, headers, mode, message_id)
         properties["correlation_id"] = conversation
         if special:

@@ -22,6 +22,7 @@ import pika
 import pytest
 
 from postage.errors import (
+    BatchError,
     ChannelClosedError,
     ClosedError,
     ConfigurationError,
@@ -638,6 +639,22 @@ def test_what_amqp_cannot_carry_is_refused_and_nothing_is_sent(
     with pytest.raises(EncodingError, match=complaint):
         producer.message_lost(**keywords)
     producer.message_good()
+
+    assert ["good"] == mailbox.names()
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x" * 256, "x" * 40 + "\ud800"])
+def test_a_component_whose_name_amqp_cannot_carry_is_told_so(
+    mailbox: Mailbox, broker_url: str, name: str
+) -> None:
+    """It travels in the properties, too."""
+    with Sender({"name": name}) as producer:
+        with pytest.raises(EncodingError, match="cannot be encoded"):
+            producer.message_lost()
+        with pytest.raises((BatchError, EncodingError)), producer.batch() as batch:
+            batch.message_lost()
+    with Sender({"name": "good"}) as producer:
+        producer.message_good()
 
     assert ["good"] == mailbox.names()
 
