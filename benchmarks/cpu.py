@@ -80,15 +80,16 @@ def spent(processes: Iterable[psutil.Process]) -> float:
 def share(processes: Iterable[psutil.Process], seconds: float) -> float:
     """Return the processor time that processes take in some seconds, in percent of a core."""
     watched = list(processes)
-    before, began = _scheduled(watched), time.monotonic()
+    before, began = scheduled(watched), time.monotonic()
     time.sleep(seconds)
-    return 100 * (_scheduled(watched) - before) / (time.monotonic() - began)
+    return 100 * (scheduled(watched) - before) / (time.monotonic() - began)
 
 
-def _scheduled(processes: Iterable[psutil.Process]) -> float:
+def scheduled(processes: Iterable[psutil.Process]) -> float:
     """Return the seconds of `spent()`, to the nanosecond if Linux keeps such books.
 
-    An idle process may take less than the hundredth of a second in which `spent()` counts.
+    A process may take less than the hundredth of a second in which `spent()` counts. Those books
+    know nothing of threads that have ended.
     """
     total = 0.0
     for process in processes:

@@ -144,18 +144,18 @@ def _processes(work: str, how: tuple[str, int, int], number: int, url: str) -> S
         board = Board(number)
         with _started(job, work, board, number) as processes:
             server = cpu.listener(url)
-            watched = [*processes, *([server] if server else [])]
-            before = [cpu.spent([each]) for each in watched]
+            brokers = [server] if server else []
+            ours, theirs = cpu.scheduled(processes), cpu.spent(brokers)
             board.go.set()
             wait_until(lambda: sum(board.counts) >= count, DEADLINE_SECONDS, "all messages")
-            taken = [cpu.spent([each]) - a for each, a in zip(watched, before, strict=True)]
+            ours, theirs = cpu.scheduled(processes) - ours, cpu.spent(brokers) - theirs
     sample = {
         "messages/s": count / board.seconds,
-        "CPU us/message": sum(taken[:number]) * 1e6 / count,
+        "CPU us/message": ours * 1e6 / count,
     }
     if server:
-        sample["broker us/message"] = taken[-1] * 1e6 / count
-        sample["broker, % of a core"] = taken[-1] * 100 / board.seconds
+        sample["broker us/message"] = theirs * 1e6 / count
+        sample["broker, % of a core"] = theirs * 100 / board.seconds
     return sample
 
 
