@@ -41,11 +41,11 @@ GROWTH = {
     "fanout": "broker us/copy",
 }
 #: The ratio of two bars above which their axis is logarithmic.
-WIDE = 100
+WIDE = 50
 #: What is ours, in the names of cases.
 _OURS = ("batch()", "MessageProcessor", "rpc_x", "message_x")
 #: Cases that only their table shows.
-_LEFT_OUT = re.compile(r" beside |acks singly|a number|prefetch 1$")
+_LEFT_OUT = re.compile(r" beside |acks singly|a number|cores apart|prefetch 1$")
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> Iterator[Path]:
