@@ -32,6 +32,7 @@ from postage.messaging import (
     MessageProcessor,
     Queue,
 )
+from tests.waiting import wait_until
 
 #: The prefetches that are compared, 0 for the one that adapts.
 PREFETCHES = (1, 10, 200, 0)
@@ -187,11 +188,7 @@ def _run(job: Job, instances: int) -> list[list[Handled]]:
             if not ready.acquire(timeout=DEADLINE_SECONDS):
                 raise RuntimeError("an instance did not get ready")
         go.set()
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while sum(counts) < job.count:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{sum(counts)} of {job.count} messages in {DEADLINE_SECONDS} s")
-            time.sleep(0.02)  # the workers have the cores
+        wait_until(lambda: sum(counts) >= job.count, DEADLINE_SECONDS, "all messages")
         over.set()
         return [receiver.recv() for receiver in pipes]
 
@@ -240,7 +237,7 @@ def _crash_loop(prefetch: int, url: str) -> Sample:
     try:
         in_child(_prepare, job)
         deadline, starts = time.monotonic() + DEADLINE_SECONDS, 1
-        while not _outlives(job):
+        while not _outlives(job, deadline):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no end after {starts} starts")
             starts += 1
@@ -249,18 +246,18 @@ def _crash_loop(prefetch: int, url: str) -> Sample:
         in_child(_delete, job)
 
 
-def _outlives(job: Job) -> bool:
+def _outlives(job: Job, deadline: float) -> bool:
     """Start a component, and tell whether it still lives when all messages are handled."""
     child = _SPAWN.Process(target=_crashing, args=(job,), daemon=True)
     child.start()
     looks = 0  # at an empty queue: the second one is long after what was in hand then
-    while child.is_alive() and looks < 2:
+    while child.is_alive() and looks < 2 and time.monotonic() < deadline:
         child.join(1.0)
         looks += broker.messages_left(job) == 0
-    is_alive = child.is_alive()
+    is_done = child.is_alive() and looks == 2
     child.kill()
     child.join()
-    return is_alive
+    return is_done
 
 
 class _Crashing(MessageProcessor):
